@@ -1,0 +1,458 @@
+/* Refcounts, 16 bits wide: reading, allocating, freeing; and the epochs that protect stale mappings.
+ *
+ * Every function here runs under meta_lock unless it says otherwise.  Refcount blocks are read and written through
+ * the cache `refcounts`; the refcount table lies in memory.  Everything that knows the width of a refcount is in
+ * refcount_read and refcount_write.
+ */
+#include "qcow2.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { TABLE_PART = 4096 };      /* granularity of the dirty marks of L1 and refcount table, bytes */
+
+/* ---- epochs: any thread, no lock ---- */
+
+static atomic_uint *active_of(struct qcow2 *q, unsigned long epoch)
+{
+    static atomic_uint threads;
+    static _Thread_local unsigned number;
+    if (!number)
+        number = atomic_fetch_add_explicit(&threads, 1, memory_order_relaxed) % CACHE_SHARDS + 1;
+    return &q->epochs.shards[number - 1].active[epoch & 1];
+}
+
+unsigned long epoch_enter(struct qcow2 *q)
+{
+    for (;;) {
+        unsigned long epoch = atomic_load(&q->epochs.current);
+        atomic_fetch_add(active_of(q, epoch), 1);
+        if (atomic_load(&q->epochs.current) == epoch)
+            return epoch;
+        epoch_leave(q, epoch);
+    }
+}
+
+void epoch_leave(struct qcow2 *q, unsigned long epoch)
+{
+    atomic_fetch_sub(active_of(q, epoch), 1);
+}
+
+static bool epoch_is_empty(struct qcow2 *q, unsigned long epoch)
+{
+    for (int i = 0; i < CACHE_SHARDS; i++)
+        if (atomic_load(&q->epochs.shards[i].active[epoch & 1]))
+            return false;
+    return true;
+}
+
+/* Begin a new epoch if the one before the current has ended.  Afterwards every request of epochs < current - 1 has
+ * left, and of current - 1 too once it is empty. */
+static void epoch_advance(struct qcow2 *q)
+{
+    unsigned long current = atomic_load(&q->epochs.current);
+    if (epoch_is_empty(q, current + 1))
+        atomic_store(&q->epochs.current, current + 1);
+}
+
+/* ---- single refcounts ---- */
+
+static uint64_t refcount_read(const struct slice *slice, uint64_t index)
+{
+    return __builtin_bswap16(((const uint16_t *)(const void *)slice->words)[index]);
+}
+
+static void refcount_write(struct qcow2 *q, struct slice *slice, uint64_t index, uint64_t value)
+{
+    ((uint16_t *)(void *)slice->words)[index] = __builtin_bswap16((uint16_t)value);
+    mark_dirty(q, &q->refcounts, slice);
+}
+
+static uint64_t entries_per_slice(const struct qcow2 *q)
+{
+    return q->refcounts.slice_bytes / 2;
+}
+
+/* Pin the slice with the refcount of `cluster`; -ENOENT where no block exists (all refcounts there are 0). */
+static int refcount_slice(struct qcow2 *q, uint64_t cluster, struct slice **slice, uint64_t *index)
+{
+    uint64_t block = cluster >> q->refblock_bits;
+    if (block >= q->reftable_entries || !q->reftable[block])
+        return -ENOENT;
+    uint64_t in_block = cluster & ((UINT64_C(1) << q->refblock_bits) - 1);
+    *index = in_block % entries_per_slice(q);
+    return cache_get(&q->refcounts, q->reftable[block] + in_block / entries_per_slice(q) * q->refcounts.slice_bytes,
+                     slice);
+}
+
+int refcount_get(struct qcow2 *q, uint64_t cluster, uint64_t *value)
+{
+    struct slice *slice;
+    uint64_t index;
+    int err = refcount_slice(q, cluster, &slice, &index);
+    *value = 0;
+    if (err)
+        return err == -ENOENT ? 0 : err;
+    *value = refcount_read(slice, index);
+    cache_put(slice);
+    return 0;
+}
+
+/* ---- new refcount blocks and a larger table ---- */
+
+/* Make the block for table entry `entry` of which nothing is in use: it lies in the first cluster that it counts,
+ * so it counts itself and needs no other block. */
+static int make_block(struct qcow2 *q, uint64_t entry)
+{
+    uint64_t first = entry << q->refblock_bits, host = first << q->cluster_bits;
+    void *zeroes = calloc(1, q->cluster_size);
+    int err = zeroes ? node_pwrite(q->node.file, zeroes, q->cluster_size, host, 0) : -ENOMEM;
+    free(zeroes);
+    if (err)
+        return err;
+    for (uint64_t at = 0; at < q->cluster_size; at += q->refcounts.slice_bytes) {
+        struct slice *slice;
+        err = cache_get_new(&q->refcounts, host + at, &slice);
+        if (err)
+            return err;
+        if (at == 0)
+            refcount_write(q, slice, 0, 1);
+        cache_put(slice);
+    }
+    q->reftable[entry] = host;
+    q->reftable_dirty[entry * 8 / TABLE_PART] = q->any_reftable_dirty = true;
+    if (atomic_load(&q->file_end) < host + q->cluster_size)
+        atomic_store(&q->file_end, host + q->cluster_size);
+    return 0;
+}
+
+/* Everything that the present table refers to, durable; so that a copy of it may be.  The slices stay dirty: a flush
+ * under way may still overwrite them with the older state that it is about to make durable. */
+static int settle_blocks(struct qcow2 *q)
+{
+    struct slice **slices;
+    long count = cache_collect_dirty(&q->refcounts, &slices);
+    int err = count < 0 ? (int)count : 0;
+    for (long i = 0; i < count; i++) {
+        if (!err)
+            err = node_pwrite(q->node.file, (void *)slices[i]->words, q->refcounts.slice_bytes, slices[i]->offset, 0);
+        cache_put(slices[i]);
+    }
+    if (count >= 0)
+        free(slices);
+    return err ? err : node_flush(q->node.file);
+}
+
+static int write_table(struct qcow2 *q, const uint64_t *table, uint64_t entries, uint64_t host)
+{
+    uint64_t *be = malloc(entries * 8);
+    if (!be)
+        return -ENOMEM;
+    words_to_be(be, table, entries);
+    int err = node_pwrite(q->node.file, be, entries * 8, host, 0);
+    free(be);
+    return err ? err : node_flush(q->node.file);
+}
+
+/* Header bytes 48..59: where the refcount table lies and how many clusters it takes. */
+static int point_header_to_table(struct qcow2 *q, uint64_t host, uint32_t clusters)
+{
+    unsigned char be[12];
+    uint64_t host_be = __builtin_bswap64(host);
+    uint32_t clusters_be = __builtin_bswap32(clusters);
+    memcpy(be, &host_be, 8);
+    memcpy(be + 8, &clusters_be, 4);
+    int err = node_pwrite(q->node.file, be, sizeof be, 48, 0);
+    return err ? err : node_flush(q->node.file);
+}
+
+/* Give the table at least `needed` entries.  The new table lies behind everything in use, with the blocks that count
+ * the table and themselves in front of it: [blocks][table], from the first cluster of an unused block's span.
+ * Order: blocks and table durable, then the header.  A crash before the header leaves the old table in force. */
+static int grow_table(struct qcow2 *q, uint64_t needed)
+{
+    uint64_t per_cluster = q->cluster_size / 8, per_block = UINT64_C(1) << q->refblock_bits;
+    uint64_t first_entry = q->reftable_entries;      /* the blocks' first entry: a span that no block counted yet */
+    uint64_t start = first_entry << q->refblock_bits, clusters, blocks, total;
+    if (needed < q->reftable_entries * 3 / 2)
+        needed = q->reftable_entries * 3 / 2;
+    for (blocks = 1;; blocks++) {
+        uint64_t entries = needed > first_entry + blocks ? needed : first_entry + blocks;
+        clusters = (entries + per_cluster - 1) / per_cluster;
+        total = blocks + clusters;
+        if (total <= blocks * per_block)
+            break;
+    }
+    uint64_t entries = clusters * per_cluster, old_clusters = q->reftable_clusters, old_offset = q->reftable_offset;
+    if (clusters * q->cluster_size > UINT64_C(8) << 20)
+        return -EFBIG;
+    uint64_t *table = calloc(entries, 8);
+    bool *dirty = calloc(entries * 8 / TABLE_PART + 1, 1);
+    int err = table && dirty ? settle_blocks(q) : -ENOMEM;
+    if (err)
+        goto failed;
+    memcpy(table, q->reftable, q->reftable_entries * 8);
+    for (uint64_t b = 0; b < blocks; b++)
+        table[first_entry + b] = (start + b) << q->cluster_bits;
+
+    uint16_t *counts = calloc(blocks, q->cluster_size);
+    if (!counts) {
+        err = -ENOMEM;
+        goto failed;
+    }
+    for (uint64_t c = 0; c < total; c++)
+        counts[c] = __builtin_bswap16(1);
+    err = node_pwrite(q->node.file, counts, blocks * q->cluster_size, start << q->cluster_bits, 0);
+    free(counts);
+    uint64_t host = (start + blocks) << q->cluster_bits;
+    if (!err)
+        err = write_table(q, table, entries, host);
+    if (!err)
+        err = point_header_to_table(q, host, (uint32_t)clusters);
+    if (err)
+        goto failed;
+
+    free(q->reftable);
+    free(q->reftable_dirty);
+    q->reftable = table;
+    q->reftable_dirty = dirty;
+    q->any_reftable_dirty = false;
+    q->reftable_entries = entries;
+    q->reftable_offset = host;
+    q->reftable_clusters = (uint32_t)clusters;
+    if (atomic_load(&q->file_end) < host + clusters * q->cluster_size)
+        atomic_store(&q->file_end, host + clusters * q->cluster_size);
+    /* Not free yet: a flush under way may still write to the old table. */
+    for (uint64_t c = 0; !err && c < old_clusters; c++)
+        err = pending_push(&q->dropped, (old_offset >> q->cluster_bits) + c, 0);
+    return err;
+failed:
+    free(table);
+    free(dirty);
+    return err;
+}
+
+/* The slice with the refcount of `cluster`, making its block if need be.  -EAGAIN: it was just made, and the search
+ * for free clusters must start over, because the block took one. */
+static int refcount_slice_for_write(struct qcow2 *q, uint64_t cluster, struct slice **slice, uint64_t *index)
+{
+    uint64_t entry = cluster >> q->refblock_bits;
+    int err = refcount_slice(q, cluster, slice, index);
+    if (err != -ENOENT)
+        return err;
+    if (entry >= q->reftable_entries)
+        err = grow_table(q, entry + 1);
+    else
+        err = make_block(q, entry);
+    return err ? err : -EAGAIN;
+}
+
+/* ---- allocation ---- */
+
+/* Count free clusters from `cluster` on, at most `want`, within the slice that holds its refcount. */
+static int free_here(struct qcow2 *q, uint64_t cluster, uint64_t want, uint64_t *count, uint64_t *used)
+{
+    struct slice *slice;
+    uint64_t index;
+    int err = refcount_slice(q, cluster, &slice, &index);
+    *count = *used = 0;
+    if (err == -ENOENT) {
+        uint64_t block = UINT64_C(1) << q->refblock_bits;
+        *count = block - (cluster & (block - 1));
+        if (*count > want)
+            *count = want;
+        return 0;
+    }
+    if (err)
+        return err;
+    uint64_t entries = entries_per_slice(q);
+    while (index < entries && refcount_read(slice, index)) {
+        index++;
+        ++*used;
+    }
+    while (!*used && index < entries && *count < want && !refcount_read(slice, index)) {
+        index++;
+        ++*count;
+    }
+    cache_put(slice);
+    return 0;
+}
+
+/* The first free cluster at or after the hint, and how many are free from there, at most `want`. */
+static int find_free(struct qcow2 *q, uint64_t want, uint64_t *first, uint64_t *count)
+{
+    uint64_t cluster = q->free_hint, more, used;
+    for (;;) {
+        int err = free_here(q, cluster, want, count, &used);
+        if (err)
+            return err;
+        if (*count)
+            break;
+        cluster += used;
+    }
+    q->free_hint = *first = cluster;
+    while (*count < want) {
+        int err = free_here(q, cluster + *count, want - *count, &more, &used);
+        if (err)
+            return err;
+        if (!more)
+            break;
+        *count += more;
+    }
+    return 0;
+}
+
+static int take(struct qcow2 *q, uint64_t first, uint64_t count)
+{
+    for (uint64_t i = 0; i < count; i++) {
+        struct slice *slice;
+        uint64_t index;
+        int err = refcount_slice_for_write(q, first + i, &slice, &index);
+        if (err) {
+            refcount_release(q, first << q->cluster_bits, i);
+            return err;
+        }
+        refcount_write(q, slice, index, 1);
+        cache_put(slice);
+    }
+    return 0;
+}
+
+int refcount_allocate(struct qcow2 *q, uint64_t want, uint64_t *host, uint64_t *got, bool *virgin)
+{
+    uint64_t first = 0, count = 0;
+    int err;
+    do {
+        err = find_free(q, want, &first, &count);
+        if (!err)
+            err = take(q, first, count);
+    } while (err == -EAGAIN);
+    if (err)
+        return err;
+    if (first == 0)
+        return qcow2_damaged(q, NB_FAULT_REFCOUNT, 0, 0);      /* the header's own cluster counted as free */
+    uint64_t end = (first + count) << q->cluster_bits;
+    *host = first << q->cluster_bits;
+    *got = count;
+    *virgin = *host >= atomic_load(&q->file_end);
+    if (end > atomic_load(&q->file_end))
+        atomic_store(&q->file_end, end);
+    q->free_hint = first + count;
+    return 0;
+}
+
+static int decrease(struct qcow2 *q, uint64_t cluster)
+{
+    struct slice *slice;
+    uint64_t index;
+    int err = refcount_slice(q, cluster, &slice, &index);
+    if (err == -ENOENT)
+        return qcow2_damaged(q, NB_FAULT_REFCOUNT, cluster << q->cluster_bits, 0);
+    if (err)
+        return err;
+    uint64_t count = refcount_read(slice, index);
+    if (count == 0) {
+        cache_put(slice);
+        return qcow2_damaged(q, NB_FAULT_REFCOUNT, cluster << q->cluster_bits, 0);
+    }
+    refcount_write(q, slice, index, count - 1);
+    cache_put(slice);
+    if (count == 1) {
+        if (cluster < q->free_hint)
+            q->free_hint = cluster;
+        /* Best effort: space that cannot be given back is still free for the image itself. */
+        (void)node_discard(q->node.file, q->cluster_size, cluster << q->cluster_bits);
+    }
+    return 0;
+}
+
+void refcount_release(struct qcow2 *q, uint64_t host, uint64_t count)
+{
+    for (uint64_t i = 0; i < count; i++)
+        (void)decrease(q, (host >> q->cluster_bits) + i);      /* on failure the cluster leaks */
+}
+
+/* ---- pending frees ---- */
+
+int pending_push(struct pending_list *list, uint64_t cluster, uint64_t epoch)
+{
+    if (list->count == list->capacity) {
+        size_t capacity = list->capacity ? 2 * list->capacity : 64;
+        struct pending_free *items = realloc(list->items, capacity * sizeof *items);
+        if (!items)
+            return -ENOMEM;
+        list->items = items;
+        list->capacity = capacity;
+    }
+    list->items[list->count++] = (struct pending_free) { .cluster = cluster, .epoch = epoch };
+    return 0;
+}
+
+int refcount_drop_entry(struct qcow2 *q, uint64_t entry)
+{
+    if (entry & FLAG_COMPRESSED) {
+        uint64_t offset = entry & ((UINT64_C(1) << q->compressed_shift) - 1);
+        uint64_t sectors = ((entry & ~FLAG_COMPRESSED) >> q->compressed_shift) + 1;
+        uint64_t last = (offset / 512 * 512 + sectors * 512 - 1) >> q->cluster_bits;
+        for (uint64_t c = offset >> q->cluster_bits; c <= last; c++) {
+            int err = pending_push(&q->dropped, c, 0);
+            if (err)
+                return err;
+        }
+        return 0;
+    }
+    uint64_t host = entry & L2_OFFSET_MASK;
+    return host ? pending_push(&q->dropped, host >> q->cluster_bits, 0) : 0;
+}
+
+int refcount_reclaim(struct qcow2 *q)
+{
+    int err = 0;
+    if (!q->durable.count)
+        return 0;
+    epoch_advance(q);
+    epoch_advance(q);
+    unsigned long current = atomic_load(&q->epochs.current);
+    /* Epochs before current - 1 are over; current - 1 is when nobody is left in it. */
+    unsigned long over = epoch_is_empty(q, current - 1) ? current : current - 1;
+    size_t kept = 0;
+    for (size_t i = 0; i < q->durable.count; i++) {
+        struct pending_free item = q->durable.items[i];
+        if (item.epoch < over)
+            err = decrease(q, item.cluster) ? -EIO : err;
+        else
+            q->durable.items[kept++] = item;
+    }
+    q->durable.count = kept;
+    return err;
+}
+
+/* ---- opening ---- */
+
+int refcount_open(struct qcow2 *q, struct nb_fault *fault)
+{
+    q->reftable_offset = q->layout.reftable_offset;
+    q->reftable_clusters = q->layout.reftable_clusters;
+    uint64_t bytes = (uint64_t)q->reftable_clusters << q->cluster_bits, end = atomic_load(&q->file_end);
+    if (q->reftable_offset > end || bytes > end - q->reftable_offset) {
+        *fault = (struct nb_fault) { .kind = NB_FAULT_TRUNCATED, .offset = q->reftable_offset, .value = end };
+        return -EUCLEAN;
+    }
+    q->reftable_entries = bytes / 8;
+    q->reftable = malloc(bytes);
+    q->reftable_dirty = calloc(bytes / TABLE_PART + 1, 1);
+    if (!q->reftable || !q->reftable_dirty)
+        return -ENOMEM;
+    int err = node_pread(q->node.file, q->reftable, bytes, q->reftable_offset);
+    for (uint64_t i = 0; !err && i < q->reftable_entries; i++) {
+        uint64_t entry = q->reftable[i] = __builtin_bswap64(q->reftable[i]);
+        if (entry & (q->cluster_size - 1) || entry >= end) {
+            *fault = (struct nb_fault) { .kind = NB_FAULT_REFTABLE_ENTRY, .index = i, .value = entry,
+                                         .offset = q->reftable_offset + i * 8 };
+            err = -EUCLEAN;
+        }
+    }
+    return err;
+}
