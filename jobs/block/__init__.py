@@ -1,0 +1,1 @@
+"""Jobs on disks: each module holds the policy of one job type, and is found by `jobs.types`."""
