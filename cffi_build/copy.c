@@ -666,10 +666,14 @@ int nb_copier_slice(struct copier *copier, uint64_t max_bytes, uint32_t max_ms, 
     }
     if (!copier->queued)
         spawn_locked(copier, copier->options.max_workers);
-    if (copier->queued || copier->standby)
+    if (!copier->queued && !copier->standby && !err)
+        err = -EAGAIN;
+    copier->slice.running = copier->queued || copier->standby;
+    if (copier->slice.running) {
         err = 0;
-    else
-        copier->slice.running = false;
+        if (copier->cbw)
+            cbw_attach(copier->cbw);
+    }
     pthread_mutex_unlock(&copier->lock);
     return err;
 }

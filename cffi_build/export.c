@@ -36,7 +36,7 @@ struct waiting_drain {
 
 struct export {
     struct shard shards[SHARDS];
-    struct node *root;             /* changed only while closed and drained */
+    struct node *root;             /* changed only while closed and drained, under lock */
     char *name;                    /* immutable */
     bool writable;                 /* immutable */
     atomic_bool killed;
@@ -170,7 +170,11 @@ bool nb_export_writable(const struct export *exp)
 
 uint64_t nb_export_size(struct export *exp)
 {
-    return exp->root->size;
+    /* Outside the gate, which may be closed: the lock keeps the root alive. */
+    pthread_mutex_lock(&exp->lock);
+    uint64_t size = exp->root->size;
+    pthread_mutex_unlock(&exp->lock);
+    return size;
 }
 
 static unsigned in_flight(struct export *exp)
@@ -254,8 +258,10 @@ void nb_export_open_gate(struct export *exp)
 
 int nb_export_set_root(struct export *exp, struct node *root)
 {
+    pthread_mutex_lock(&exp->lock);
     struct node *old = exp->root;
     exp->root = nb_node_ref(root);
+    pthread_mutex_unlock(&exp->lock);
     nb_node_unref(old);
     return 0;
 }

@@ -31,7 +31,7 @@ struct file {
     int fd;                        /* immutable */
     bool block_device;             /* immutable */
     bool direct;                   /* immutable */
-    struct range_lock blocks;      /* direct: shared by aligned writes, exclusive for read-modify-write */
+    struct range_lock blocks;      /* direct: shared by aligned writes and holes, exclusive for read-modify-write */
     atomic_int sync_error;         /* 0 or the -errno of the first flush that failed */
     atomic_bool no_punch;          /* the filesystem cannot punch holes: learnt once */
     atomic_bool no_zero_range;     /* nor zero a range */
@@ -192,15 +192,20 @@ static bool unsupported(int err)
     return err == -EOPNOTSUPP || err == -ENOSYS || err == -EINVAL || err == -ENODEV || err == -ENOTTY;
 }
 
-/* fallocate, remembering in *missing that the filesystem has no such mode. */
+/* fallocate (direct: apart from read-modify-writes of the same blocks), remembering in *missing that the filesystem has no such mode. */
 static int allocate(struct file *file, int mode, uint64_t count, uint64_t offset, atomic_bool *missing)
 {
+    struct range_hold hold;
     int err;
     if (atomic_load_explicit(missing, memory_order_relaxed))
         return -EOPNOTSUPP;
+    if (file->direct)
+        range_lock(&file->blocks, &hold, offset, offset + count, false);
     do
         err = fallocate(file->fd, mode, (off_t)offset, (off_t)count) == 0 ? 0 : -errno;
     while (err == -EINTR);
+    if (file->direct)
+        range_unlock(&file->blocks, &hold);
     if (!unsupported(err))
         return err;
     atomic_store(missing, true);

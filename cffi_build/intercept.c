@@ -42,6 +42,7 @@
 #define _GNU_SOURCE
 #include "intercept.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
@@ -770,6 +771,7 @@ void cbw_attach(struct cbw *cbw)
 void cbw_detach(struct cbw *cbw)
 {
     pthread_mutex_lock(&cbw->lock);
+    assert(cbw->slices > 0);
     cbw->slices--;
     if (keeping(cbw) && !empty_locked(cbw))
         announce_locked(cbw);

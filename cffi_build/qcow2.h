@@ -24,7 +24,9 @@
  *
  * Why overwrites in place need no lock against zero, discard and copy on write of the same cluster: they can only
  * meet a cluster that is being un-mapped while both requests are in flight, and then either order is right; the
- * late write lands in a pending cluster that nobody reads.
+ * late write lands in a pending cluster that nobody reads.  A cluster that was zeroed but stays allocated would be
+ * read again once a write takes the zero flag away, and show the late write that was overtaken; so it is written in
+ * place only when every request that began before the zeroing has ended (zeroed_epoch), else replaced.
  */
 #ifndef NB_QCOW2_H
 #define NB_QCOW2_H
@@ -133,6 +135,8 @@ struct qcow2 {
     uint32_t reftable_clusters;
     bool *l1_dirty, *reftable_dirty;                  /* per 4096 bytes of the table */
     bool any_l1_dirty, any_reftable_dirty;
+    bool header_stale;                                /* it names the refcount table's former place */
+    unsigned long zeroed_epoch;                       /* current when a data cluster last became preallocated zeroes */
     uint64_t free_hint;                               /* no free cluster lies before it */
     struct pending_list dropped, durable;             /* dropped: L2 entry not durable yet; durable: waits for epochs */
     atomic_ulong changes;                             /* bumped by each change of metadata */
@@ -181,6 +185,9 @@ int qcow2_l2_slice(struct qcow2 *q, uint64_t offset, struct slice **slice, size_
 /* The same, making the L2 table if there is none, or a private copy if it is shared. */
 int qcow2_l2_slice_for_write(struct qcow2 *q, uint64_t offset, struct slice **slice, size_t *index);
 
+/* 0, or -EIO when the L2 entry is damaged (reported).  Any thread. */
+int qcow2_check_entry(struct qcow2 *q, const struct slice *slice, size_t index, uint64_t entry);
+
 /* ---- refcounts ---- */
 
 /* Read and check the refcount table.  -EUCLEAN with *fault. */
@@ -197,6 +204,8 @@ int refcount_reclaim(struct qcow2 *q);
 int refcount_get(struct qcow2 *q, uint64_t cluster, uint64_t *value);
 int pending_push(struct pending_list *list, uint64_t cluster, uint64_t epoch);
 
+/* True once every request that began in `epoch` or before has left.  Under meta_lock. */
+bool epoch_is_over(struct qcow2 *q, unsigned long epoch);
 unsigned long epoch_enter(struct qcow2 *q);
 void epoch_leave(struct qcow2 *q, unsigned long epoch);
 

@@ -51,9 +51,12 @@ int qcow2_read_compressed(struct qcow2 *q, uint64_t entry, uint64_t offset, void
     /* The last stream of a file may end before its last sector does; what lies beyond reads as zeroes. */
     void *packed = malloc(length);
     int err = packed ? node_pread(q->node.file, packed, length, host) : -ENOMEM;
-    if (!err)
+    if (!err) {
         err = q->layout.compression_type == 1 ? unpack_zstd(cluster, q->cluster_size, packed, length)
                                               : inflate_cluster(cluster, q->cluster_size, packed, length);
+        if (err == -EIO)      /* not so when the file could not be read: that is no fault of the image */
+            err = qcow2_damaged(q, NB_FAULT_COMPRESSED, offset, entry);
+    }
     free(packed);
-    return err == -EIO ? qcow2_damaged(q, NB_FAULT_COMPRESSED, offset, entry) : err;
+    return err;
 }

@@ -6,6 +6,7 @@
  *
  *   1. refcount blocks            (data is already in the file)
  *      sync; refcount table       only if new blocks were made
+ *      sync; header               only if the table moved
  *      sync
  *   2. L2 slices, sync
  *   3. L1, sync                   only if tables were made
@@ -36,7 +37,6 @@ struct slice_copies {
 
 /* Parts of a table held in memory (L1 or refcount table), big endian. */
 struct table_copy {
-    bool *dirty;                  /* of the table; to mark again on failure */
     uint64_t *words;              /* the whole table */
     bool *parts;
     uint64_t entries, host_offset;
@@ -46,6 +46,9 @@ struct flush {
     struct slice_copies refcounts, l2;
     struct table_copy reftable, l1;
     struct pending_list dropped;
+    bool header;                  /* write that the refcount table lies at reftable_offset */
+    uint64_t reftable_offset;
+    uint32_t reftable_clusters;
 };
 
 /* ---- taking the copies, under meta_lock ---- */
@@ -67,12 +70,12 @@ static int copy_slices(struct slice_copies *copies, struct cache *cache)
     return 0;
 }
 
-static int copy_table(struct table_copy *copy, bool any, bool *dirty, uint64_t entries, uint64_t host_offset)
+static int copy_table(struct table_copy *copy, bool any, const bool *dirty, uint64_t entries, uint64_t host_offset)
 {
     if (!any)
         return 0;
     uint64_t parts = entries * 8 / TABLE_PART + 1;
-    *copy = (struct table_copy) { .dirty = dirty, .entries = entries, .host_offset = host_offset };
+    *copy = (struct table_copy) { .entries = entries, .host_offset = host_offset };
     copy->words = malloc(entries * 8);
     copy->parts = malloc(parts * sizeof(bool));
     if (!copy->words || !copy->parts)
@@ -111,6 +114,10 @@ static int take_copies(struct qcow2 *q, struct flush *flush)
         memset(q->l1_dirty, 0, flush->l1.entries * 8 / TABLE_PART + 1);
         q->any_l1_dirty = false;
     }
+    flush->header = q->header_stale;
+    flush->reftable_offset = q->reftable_offset;
+    flush->reftable_clusters = q->reftable_clusters;
+    q->header_stale = false;
     mark_clean(&flush->refcounts);
     mark_clean(&flush->l2);
     flush->dropped = q->dropped;
@@ -141,6 +148,17 @@ static int write_table_parts(struct qcow2 *q, const struct table_copy *copy)
     return err;
 }
 
+/* Header bytes 48..59: where the refcount table lies and how many clusters it takes. */
+static int write_header(struct qcow2 *q, const struct flush *flush)
+{
+    unsigned char be[12];
+    uint64_t offset = __builtin_bswap64(flush->reftable_offset);
+    uint32_t clusters = __builtin_bswap32(flush->reftable_clusters);
+    memcpy(be, &offset, 8);
+    memcpy(be + 8, &clusters, 4);
+    return node_pwrite(q->node.file, be, sizeof be, 48, 0);
+}
+
 static int write_in_order(struct qcow2 *q, const struct flush *flush, bool sync)
 {
     struct node *file = q->node.file;
@@ -149,6 +167,11 @@ static int write_in_order(struct qcow2 *q, const struct flush *flush, bool sync)
         err = sync ? node_flush(file) : 0;
         if (!err)
             err = write_table_parts(q, &flush->reftable);
+    }
+    if (!err && flush->header) {
+        err = sync ? node_flush(file) : 0;
+        if (!err)
+            err = write_header(q, flush);
     }
     if (!err && sync)
         err = node_flush(file);
@@ -173,12 +196,13 @@ static void mark_dirty_again(struct qcow2 *q, struct flush *flush)
     for (int b = 0; b < 2; b++)
         for (long i = 0; i < both[b]->count; i++)
             mark_dirty(q, both[b]->cache, both[b]->slices[i]);
-    /* A table that was replaced meanwhile (grow_table) has been written as a whole. */
-    if (flush->reftable.words && flush->reftable.dirty == q->reftable_dirty) {
+    /* A table that was replaced meanwhile (grow_table) is dirty as a whole, and so is the header. */
+    if (flush->reftable.words && flush->reftable.host_offset == q->reftable_offset) {
         for (uint64_t i = 0; i < flush->reftable.entries * 8 / TABLE_PART + 1; i++)
             q->reftable_dirty[i] |= flush->reftable.parts[i];
         q->any_reftable_dirty = true;
     }
+    q->header_stale |= flush->header;
     if (flush->l1.words) {
         for (uint64_t i = 0; i < flush->l1.entries * 8 / TABLE_PART + 1; i++)
             q->l1_dirty[i] |= flush->l1.parts[i];

@@ -212,16 +212,16 @@ static int allocate(struct qcow2 *q, const struct run *run, struct allocation *a
 {
     uint64_t got, skip = a->offset - a->start;
     a->end = cluster_end(q, a->offset + run->length);
-    if (run->kind == RUN_ZERO && run->in_place) {
-        a->reused = true;
-        a->host = run->host_offset - skip;
-        return 0;
-    }
     pthread_mutex_lock(&q->meta_lock);
-    int err = refcount_allocate(q, (a->end - a->start) >> q->cluster_bits, &a->host, &got, &a->virgin);
+    a->reused = run->kind == RUN_ZERO && run->in_place && epoch_is_over(q, q->zeroed_epoch);
+    int err = a->reused ? 0 : refcount_allocate(q, (a->end - a->start) >> q->cluster_bits, &a->host, &got, &a->virgin);
     pthread_mutex_unlock(&q->meta_lock);
     if (err)
         return err;
+    if (a->reused) {
+        a->host = run->host_offset - skip;
+        return 0;
+    }
     if (a->start + (got << q->cluster_bits) < a->end) {
         a->end = a->start + (got << q->cluster_bits);
         a->length = a->end - a->offset;
@@ -330,6 +330,9 @@ static int zero_entries(struct qcow2 *q, struct slice *slice, size_t index, uint
     for (uint64_t i = 0; i < clusters && !err; i++) {
         uint64_t old = __builtin_bswap64(atomic_load_explicit(&slice->words[index + i], memory_order_relaxed));
         uint64_t new = zero_entry(q, old, keep);
+        err = qcow2_check_entry(q, slice, index + i, old);
+        if (err)
+            break;
         if (new == old)
             continue;
         if (!(new & L2_OFFSET_MASK))
@@ -339,8 +342,10 @@ static int zero_entries(struct qcow2 *q, struct slice *slice, size_t index, uint
         atomic_store_explicit(&slice->words[index + i], __builtin_bswap64(new), memory_order_release);
         changed = true;
     }
-    if (changed)
+    if (changed) {
         mark_dirty(q, &q->l2, slice);
+        q->zeroed_epoch = atomic_load(&q->epochs.current);
+    }
     pthread_mutex_unlock(&q->meta_lock);
     return err;
 }

@@ -103,8 +103,10 @@ static bool continues(const struct qcow2 *q, const struct run *run, uint64_t ent
     return run->host_offset ? next.host_offset == run->host_offset + distance : !next.host_offset;
 }
 
-static int damaged_entry(struct qcow2 *q, const struct slice *slice, size_t index, uint64_t entry)
+int qcow2_check_entry(struct qcow2 *q, const struct slice *slice, size_t index, uint64_t entry)
 {
+    if (entry_is_sound(q, entry))
+        return 0;
     uint32_t fault = entry & FLAG_COMPRESSED ? NB_FAULT_COMPRESSED : NB_FAULT_L2_ENTRY;
     return qcow2_damaged(q, fault, slice->offset + index * 8, entry);
 }
@@ -122,10 +124,9 @@ int qcow2_lookup(struct qcow2 *q, uint64_t offset, uint64_t max, struct run *out
         return err;
     uint64_t entry = __builtin_bswap64(atomic_load_explicit(&slice->words[index], memory_order_acquire));
     uint64_t skip = offset & (q->cluster_size - 1);
-    if (!entry_is_sound(q, entry)) {
-        err = damaged_entry(q, slice, index, entry);
+    err = qcow2_check_entry(q, slice, index, entry);
+    if (err)
         goto out;
-    }
     *out = classify(entry);
     uint64_t length = q->cluster_size;
     if (out->kind != RUN_COMPRESSED) {
@@ -147,27 +148,44 @@ out:
 
 /* ---- making L2 tables ---- */
 
-/* Write the new table's clean content so that, once the flush order has made it durable, L1 may point to it. */
+/* The table at `shared` as it is now, which may be newer than the file. */
+static int copy_shared(struct qcow2 *q, uint64_t shared, uint64_t *words)
+{
+    size_t per_slice = q->l2.slice_bytes / 8;
+    int err = 0;
+    for (uint64_t at = 0; at < q->cluster_size && !err; at += q->l2.slice_bytes, words += per_slice) {
+        struct slice *slice;
+        err = cache_get(&q->l2, shared + at, &slice);
+        if (err)
+            break;
+        for (size_t i = 0; i < per_slice; i++)
+            words[i] = atomic_load_explicit(&slice->words[i], memory_order_relaxed);
+        cache_put(slice);
+    }
+    return err;
+}
+
+/* Write the new table's content so that, once the flush order has made it durable, L1 may point to it.  Its slices
+ * are clean: should this fail, none of them may be written over whoever gets the cluster then. */
 static int fill_table(struct qcow2 *q, uint64_t table, uint64_t shared)
 {
-    void *zeroes = calloc(1, q->cluster_size);
-    int err = zeroes ? 0 : -ENOMEM;
+    uint64_t *words = calloc(1, q->cluster_size);
+    size_t per_slice = q->l2.slice_bytes / 8;
+    int err = words ? 0 : -ENOMEM;
+    if (!err && shared)
+        err = copy_shared(q, shared, words);
     if (!err)
-        err = node_pwrite(q->node.file, zeroes, q->cluster_size, table, 0);
-    free(zeroes);
+        err = node_pwrite(q->node.file, words, q->cluster_size, table, 0);
     for (uint64_t at = 0; !err && at < q->cluster_size; at += q->l2.slice_bytes) {
-        struct slice *slice, *old;
+        struct slice *slice;
         err = cache_get_new(&q->l2, table + at, &slice);
         if (err)
             break;
-        if (shared && !(err = cache_get(&q->l2, shared + at, &old))) {
-            for (size_t i = 0; i < q->l2.slice_bytes / 8; i++)
-                atomic_store(&slice->words[i], atomic_load(&old->words[i]));
-            mark_dirty(q, &q->l2, slice);
-            cache_put(old);
-        }
+        for (size_t i = 0; i < per_slice; i++)
+            atomic_store_explicit(&slice->words[i], words[at / 8 + i], memory_order_relaxed);
         cache_put(slice);
     }
+    free(words);
     return err;
 }
 

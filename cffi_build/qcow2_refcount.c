@@ -57,6 +57,16 @@ static void epoch_advance(struct qcow2 *q)
         atomic_store(&q->epochs.current, current + 1);
 }
 
+bool epoch_is_over(struct qcow2 *q, unsigned long epoch)
+{
+    for (int i = 0; i < 2; i++)
+        if (atomic_load(&q->epochs.current) <= epoch + 1)
+            epoch_advance(q);
+    unsigned long current = atomic_load(&q->epochs.current);
+    /* Epochs before current - 1 are over; current - 1 is when nobody is left in it. */
+    return epoch + 1 < current || (epoch < current && epoch_is_empty(q, current - 1));
+}
+
 /* ---- single refcounts ---- */
 
 static uint64_t refcount_read(const struct slice *slice, uint64_t index)
@@ -102,75 +112,65 @@ int refcount_get(struct qcow2 *q, uint64_t cluster, uint64_t *value)
 
 /* ---- new refcount blocks and a larger table ---- */
 
+static void raise_file_end(struct qcow2 *q, uint64_t end)
+{
+    if (atomic_load(&q->file_end) < end)
+        atomic_store(&q->file_end, end);
+}
+
+/* Make a block in the cluster at `host`: its first `used` refcounts 1, the others 0.  Zeroes go to the file at once,
+ * for slices that the cache drops. */
+static int new_block(struct qcow2 *q, uint64_t host, uint64_t used)
+{
+    raise_file_end(q, host + q->cluster_size);
+    void *zeroes = calloc(1, q->cluster_size);
+    int err = zeroes ? node_pwrite(q->node.file, zeroes, q->cluster_size, host, 0) : -ENOMEM;
+    free(zeroes);
+    for (uint64_t at = 0; !err && at < q->cluster_size; at += q->refcounts.slice_bytes) {
+        struct slice *slice;
+        err = cache_get_new(&q->refcounts, host + at, &slice);
+        if (err)
+            break;
+        for (uint64_t i = 0; i < entries_per_slice(q) && at / 2 + i < used; i++)
+            refcount_write(q, slice, i, 1);
+        cache_put(slice);
+    }
+    return err;
+}
+
 /* Make the block for table entry `entry` of which nothing is in use: it lies in the first cluster that it counts,
  * so it counts itself and needs no other block. */
 static int make_block(struct qcow2 *q, uint64_t entry)
 {
-    uint64_t first = entry << q->refblock_bits, host = first << q->cluster_bits;
-    void *zeroes = calloc(1, q->cluster_size);
-    int err = zeroes ? node_pwrite(q->node.file, zeroes, q->cluster_size, host, 0) : -ENOMEM;
-    free(zeroes);
+    uint64_t host = entry << q->refblock_bits << q->cluster_bits;
+    int err = new_block(q, host, 1);
     if (err)
         return err;
-    for (uint64_t at = 0; at < q->cluster_size; at += q->refcounts.slice_bytes) {
-        struct slice *slice;
-        err = cache_get_new(&q->refcounts, host + at, &slice);
-        if (err)
-            return err;
-        if (at == 0)
-            refcount_write(q, slice, 0, 1);
-        cache_put(slice);
-    }
     q->reftable[entry] = host;
     q->reftable_dirty[entry * 8 / TABLE_PART] = q->any_reftable_dirty = true;
-    if (atomic_load(&q->file_end) < host + q->cluster_size)
-        atomic_store(&q->file_end, host + q->cluster_size);
     return 0;
 }
 
-/* Everything that the present table refers to, durable; so that a copy of it may be.  The slices stay dirty: a flush
- * under way may still overwrite them with the older state that it is about to make durable. */
-static int settle_blocks(struct qcow2 *q)
+/* Put `table` in the place of the present one; the next flush writes it and then makes the header name it.  The old
+ * one's clusters are free when that is durable. */
+static void replace_table(struct qcow2 *q, uint64_t *table, bool *dirty, uint64_t host, uint32_t clusters)
 {
-    struct slice **slices;
-    long count = cache_collect_dirty(&q->refcounts, &slices);
-    int err = count < 0 ? (int)count : 0;
-    for (long i = 0; i < count; i++) {
-        if (!err)
-            err = node_pwrite(q->node.file, (void *)slices[i]->words, q->refcounts.slice_bytes, slices[i]->offset, 0);
-        cache_put(slices[i]);
-    }
-    if (count >= 0)
-        free(slices);
-    return err ? err : node_flush(q->node.file);
-}
-
-static int write_table(struct qcow2 *q, const uint64_t *table, uint64_t entries, uint64_t host)
-{
-    uint64_t *be = malloc(entries * 8);
-    if (!be)
-        return -ENOMEM;
-    words_to_be(be, table, entries);
-    int err = node_pwrite(q->node.file, be, entries * 8, host, 0);
-    free(be);
-    return err ? err : node_flush(q->node.file);
-}
-
-/* Header bytes 48..59: where the refcount table lies and how many clusters it takes. */
-static int point_header_to_table(struct qcow2 *q, uint64_t host, uint32_t clusters)
-{
-    unsigned char be[12];
-    uint64_t host_be = __builtin_bswap64(host);
-    uint32_t clusters_be = __builtin_bswap32(clusters);
-    memcpy(be, &host_be, 8);
-    memcpy(be + 8, &clusters_be, 4);
-    int err = node_pwrite(q->node.file, be, sizeof be, 48, 0);
-    return err ? err : node_flush(q->node.file);
+    for (uint64_t c = 0; c < q->reftable_clusters; c++)
+        (void)pending_push(&q->dropped, (q->reftable_offset >> q->cluster_bits) + c, 0);      /* else it leaks */
+    free(q->reftable);
+    free(q->reftable_dirty);
+    q->reftable = table;
+    q->reftable_dirty = dirty;
+    q->reftable_entries = clusters * q->cluster_size / 8;
+    memset(dirty, true, q->reftable_entries * 8 / TABLE_PART + 1);
+    q->any_reftable_dirty = q->header_stale = true;
+    q->reftable_offset = host;
+    q->reftable_clusters = clusters;
+    raise_file_end(q, host + clusters * q->cluster_size);
 }
 
 /* Give the table at least `needed` entries.  The new table lies behind everything in use, with the blocks that count
- * the table and themselves in front of it: [blocks][table], from the first cluster of an unused block's span.
- * Order: blocks and table durable, then the header.  A crash before the header leaves the old table in force. */
+ * the table and themselves in front of it: [blocks][table], from the first cluster of an unused block's span. */
 static int grow_table(struct qcow2 *q, uint64_t needed)
 {
     uint64_t per_cluster = q->cluster_size / 8, per_block = UINT64_C(1) << q->refblock_bits;
@@ -185,56 +185,30 @@ static int grow_table(struct qcow2 *q, uint64_t needed)
         if (total <= blocks * per_block)
             break;
     }
-    uint64_t entries = clusters * per_cluster, old_clusters = q->reftable_clusters, old_offset = q->reftable_offset;
     if (clusters * q->cluster_size > UINT64_C(8) << 20)
         return -EFBIG;
-    uint64_t *table = calloc(entries, 8);
-    bool *dirty = calloc(entries * 8 / TABLE_PART + 1, 1);
-    int err = table && dirty ? settle_blocks(q) : -ENOMEM;
-    if (err)
-        goto failed;
-    memcpy(table, q->reftable, q->reftable_entries * 8);
-    for (uint64_t b = 0; b < blocks; b++)
-        table[first_entry + b] = (start + b) << q->cluster_bits;
-
-    uint16_t *counts = calloc(blocks, q->cluster_size);
-    if (!counts) {
-        err = -ENOMEM;
-        goto failed;
+    uint64_t *table = calloc(clusters, q->cluster_size);
+    bool *dirty = calloc(clusters * q->cluster_size / TABLE_PART + 1, 1);
+    int err = table && dirty ? 0 : -ENOMEM;
+    for (uint64_t b = 0; b < blocks && !err; b++) {
+        uint64_t host = (start + b) << q->cluster_bits, counted = b * per_block;
+        err = new_block(q, host, total > counted ? total - counted : 0);
+        if (!err)
+            table[first_entry + b] = host;
     }
-    for (uint64_t c = 0; c < total; c++)
-        counts[c] = __builtin_bswap16(1);
-    err = node_pwrite(q->node.file, counts, blocks * q->cluster_size, start << q->cluster_bits, 0);
-    free(counts);
-    uint64_t host = (start + blocks) << q->cluster_bits;
-    if (!err)
-        err = write_table(q, table, entries, host);
-    if (!err)
-        err = point_header_to_table(q, host, (uint32_t)clusters);
-    if (err)
-        goto failed;
-
-    free(q->reftable);
-    free(q->reftable_dirty);
-    q->reftable = table;
-    q->reftable_dirty = dirty;
-    q->any_reftable_dirty = false;
-    q->reftable_entries = entries;
-    q->reftable_offset = host;
-    q->reftable_clusters = (uint32_t)clusters;
-    if (atomic_load(&q->file_end) < host + clusters * q->cluster_size)
-        atomic_store(&q->file_end, host + clusters * q->cluster_size);
-    /* Not free yet: a flush under way may still write to the old table. */
-    for (uint64_t c = 0; !err && c < old_clusters; c++)
-        err = pending_push(&q->dropped, (old_offset >> q->cluster_bits) + c, 0);
-    return err;
-failed:
-    free(table);
-    free(dirty);
-    return err;
+    if (err) {
+        free(table);
+        free(dirty);
+        return err;
+    }
+    memcpy(table, q->reftable, q->reftable_entries * 8);
+    replace_table(q, table, dirty, (start + blocks) << q->cluster_bits, (uint32_t)clusters);
+    return 0;
 }
 
-/* The slice with the refcount of `cluster`, making its block if need be.  -EAGAIN: it was just made, and the search
+enum { BLOCK_MADE = 1 };
+
+/* The slice with the refcount of `cluster`, making its block if need be.  BLOCK_MADE: it was just made, and the search
  * for free clusters must start over, because the block took one. */
 static int refcount_slice_for_write(struct qcow2 *q, uint64_t cluster, struct slice **slice, uint64_t *index)
 {
@@ -246,7 +220,7 @@ static int refcount_slice_for_write(struct qcow2 *q, uint64_t cluster, struct sl
         err = grow_table(q, entry + 1);
     else
         err = make_block(q, entry);
-    return err ? err : -EAGAIN;
+    return err ? err : BLOCK_MADE;
 }
 
 /* ---- allocation ---- */
@@ -328,7 +302,7 @@ int refcount_allocate(struct qcow2 *q, uint64_t want, uint64_t *host, uint64_t *
         err = find_free(q, want, &first, &count);
         if (!err)
             err = take(q, first, count);
-    } while (err == -EAGAIN);
+    } while (err == BLOCK_MADE);
     if (err)
         return err;
     if (first == 0)
@@ -337,8 +311,7 @@ int refcount_allocate(struct qcow2 *q, uint64_t want, uint64_t *host, uint64_t *
     *host = first << q->cluster_bits;
     *got = count;
     *virgin = *host >= atomic_load(&q->file_end);
-    if (end > atomic_load(&q->file_end))
-        atomic_store(&q->file_end, end);
+    raise_file_end(q, end);
     q->free_hint = first + count;
     return 0;
 }
@@ -396,10 +369,13 @@ int refcount_drop_entry(struct qcow2 *q, uint64_t entry)
         uint64_t offset = entry & ((UINT64_C(1) << q->compressed_shift) - 1);
         uint64_t sectors = ((entry & ~FLAG_COMPRESSED) >> q->compressed_shift) + 1;
         uint64_t last = (offset / 512 * 512 + sectors * 512 - 1) >> q->cluster_bits;
+        size_t before = q->dropped.count;
         for (uint64_t c = offset >> q->cluster_bits; c <= last; c++) {
             int err = pending_push(&q->dropped, c, 0);
-            if (err)
+            if (err) {
+                q->dropped.count = before;      /* the entry stays, so do all of its references */
                 return err;
+            }
         }
         return 0;
     }
@@ -410,17 +386,10 @@ int refcount_drop_entry(struct qcow2 *q, uint64_t entry)
 int refcount_reclaim(struct qcow2 *q)
 {
     int err = 0;
-    if (!q->durable.count)
-        return 0;
-    epoch_advance(q);
-    epoch_advance(q);
-    unsigned long current = atomic_load(&q->epochs.current);
-    /* Epochs before current - 1 are over; current - 1 is when nobody is left in it. */
-    unsigned long over = epoch_is_empty(q, current - 1) ? current : current - 1;
     size_t kept = 0;
     for (size_t i = 0; i < q->durable.count; i++) {
         struct pending_free item = q->durable.items[i];
-        if (item.epoch < over)
+        if (epoch_is_over(q, item.epoch))
             err = decrease(q, item.cluster) ? -EIO : err;
         else
             q->durable.items[kept++] = item;

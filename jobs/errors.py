@@ -1,9 +1,9 @@
 """What goes wrong with jobs.
 
-    JobError                a verb, an option or a job failed; the text is meant for the user
-      ├─ JobNotFound        no visible job has this id
-      └─ InvalidJobId       an id is malformed, missing or taken
-    TransitionError         a defect in this package: a status change that the table does not have
+JobError                a verb, an option or a job failed; the text is meant for the user
+  ├─ JobNotFound        no visible job has this id
+  └─ InvalidJobId       an id is malformed, missing or taken
+TransitionError         a defect in this package: a status change that the table does not have
 """
 
 from __future__ import annotations

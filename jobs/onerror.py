@@ -1,11 +1,11 @@
 """What a job does when an operation fails, by the user's policy.
 
-    policy    an error of the operation means
-    report    the job fails
-    ignore    try again, for ever; retries slow down, and events come once a second at most
-    enospc    no space left: as stop; anything else: as report
-    stop      the job is paused on the user's behalf; resume tries again
-    auto      as enospc
+policy    an error of the operation means
+report    the job fails
+ignore    try again, for ever; retries slow down, and events come once a second at most
+enospc    no space left: as stop; anything else: as report
+stop      the job is paused on the user's behalf; resume tries again
+auto      as enospc
 """
 
 from __future__ import annotations

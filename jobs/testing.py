@@ -1,12 +1,12 @@
 """Tools to test job types without a server, a disk, or waiting: a clock to turn and an ear for events.
 
-    clock = FakeClock()
-    events = EventRecorder()
-    manager = JobManager(events, clock=clock)
-    job = manager.create(MyJob(clock=clock), "j1")
-    manager.start(job)
-    await clock.advance(5)
-    assert events.words() == ["created", "running", …]
+clock = FakeClock()
+events = EventRecorder()
+manager = JobManager(events, clock=clock)
+job = manager.create(MyJob(clock=clock), "j1")
+manager.start(job)
+await clock.advance(5)
+assert events.words() == ["created", "running", …]
 """
 
 from __future__ import annotations
@@ -91,10 +91,10 @@ class EventRecorder:
         return [data for event, data in self.events if event == name]
 
     def words(self, *, ids: bool = False, generic: bool = False) -> list[str]:
-        """The events as short words: a status, or an event's name with ``:action`` and ``:error`` if it has them.
+        """The events as short words: a status, or an event's name with ``:action`` and ``:error`` members.
 
-        With ``ids`` the job's id follows each, after a blank. Without ``generic`` the events that all types of jobs
-        have (JOB_STARTED and so on) are left out, beside those of their subsystem.
+        With ``ids`` the job's id follows each, after a blank. Without ``generic`` the events that all
+        types of jobs have (JOB_STARTED and so on) are left out, beside those of their subsystem.
         """
         kept = [(name, data) for name, data in self.events if generic or name not in _GENERIC]
         return [_word(name, data) + (f" {_job_of(data)}" if ids else "") for name, data in kept]

@@ -6,6 +6,7 @@ line before anything is served, so it imports little. Any thread.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import stat
@@ -139,13 +140,16 @@ def _remove_stale(path: str) -> None:
     try:
         if not stat.S_ISSOCK(Path(path).lstat().st_mode):
             raise AddressError(f"cannot listen on unix:{path}: a file that is not a socket is in the way")
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.connect(path)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+            probe.connect(path)  # of the wrong type on purpose: whoever listens does not notice
     except FileNotFoundError:
         return
     except ConnectionRefusedError:
         Path(path).unlink()
         return
+    except OSError as error:
+        if error.errno != errno.EPROTOTYPE:
+            raise
     raise AddressError(
         f"cannot listen on unix:{path}: another process listens there; stop it or choose another path"
     )

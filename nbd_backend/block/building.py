@@ -95,6 +95,7 @@ class Opening:
         self.policy = build.graph.policy
         self.lineage = inherited.lineage
         self.auto_read_only = options.auto_read_only
+        self.force_share = inherited.force_share if options.force_share is None else options.force_share
         self.flags = _flags(options, inherited)
         self._build = build
         self._name = name
@@ -136,7 +137,7 @@ class Opening:
                     hint="look at the chain: qemu-img info FILE for each of its files",
                 )
             link = link.above
-        if self._options.force_share and self.read_only:
+        if self.force_share and self.read_only:
             return
         for node in self._build.graph.nodes_of_file(identity):
             if not (self.read_only and node.read_only):
@@ -161,6 +162,7 @@ class Opening:
             cache_direct=bool(self.flags & NodeFlag.DIRECT),
             cache_no_flush=bool(self.flags & NodeFlag.NO_FLUSH),
             identity=opened.identity,
+            lock=opened.lock,
             is_filter=driver.is_filter,
             children=self._children,
             claims=self._claims,
@@ -179,13 +181,14 @@ class Opening:
             unmap=unmap,
             direct=bool(self.flags & NodeFlag.DIRECT),
             no_flush=bool(self.flags & NodeFlag.NO_FLUSH),
+            force_share=self.force_share,
             lineage=lineage or self.lineage,
             prefix=f"{self._inherited.prefix}.{role}" if self._inherited.prefix else role,
         )
 
     def _claim(self, role: str, node: BlockNode) -> Permission:
         writes = role == "file" and not self.read_only
-        shares = ALL if self._options.force_share else UNCHANGED
+        shares = ALL if self.force_share else UNCHANGED
         holder = Holder(HolderKind.NODE, self._name, f"uses node '{node.name}' as '{role}' child")
         return self._build.graph.permissions.acquire(
             node, holder, uses=_WRITES if writes else READ, shares=shares

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from itertools import pairwise
 from typing import Any
 
 from nbd_backend.block.errors import KernelError
-from nbd_backend.block.kernel import Event, FaultKind
+from nbd_backend.block.kernel import FaultKind
 from nbd_backend.block.node import BlockNode
 
 _UNLIMITED = dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
@@ -81,11 +80,3 @@ _FAULTS = {
 def fault_text(kind: FaultKind, at: int, value: int) -> str:
     """What the kernel found damaged; `at` is an entry's number or an offset in the image, by kind."""
     return _FAULTS.get(kind, "Image metadata is damaged").format(at=at, value=value)
-
-
-def corruption(node: BlockNode, event: Event) -> dict[str, Any]:
-    """Data of BLOCK_IMAGE_CORRUPTED for the kernel's EventKind.CORRUPT about `node`."""
-    message = f"{fault_text(FaultKind(event.a), event.b, event.c)} in '{node.filename}'"
-    if event.error:
-        message += f"; marking the image corrupt failed: {os.strerror(event.error)}"
-    return {"device": "", "node-name": node.name, "msg": message, "fatal": not node.read_only}

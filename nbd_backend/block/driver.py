@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from nbd_backend.block import kernel
 from nbd_backend.block.kernel import NodeFlag
+from nbd_backend.block.locks import FileLock
 from nbd_backend.block.node import BlockNode, FormatInfo, Identity
 from nbd_backend.block.options import NodeOptions, NodeRef
 from nbd_backend.block.security import PathPolicy
@@ -35,6 +36,7 @@ class Inherited:
     unmap: bool = False
     direct: bool = False
     no_flush: bool = False
+    force_share: bool = False
     lineage: Lineage | None = None
     prefix: str = ""
 
@@ -46,6 +48,7 @@ class OpenContext(Protocol):
     flags: NodeFlag
     lineage: Lineage | None
     auto_read_only: bool
+    force_share: bool
 
     @property
     def read_only(self) -> bool:
@@ -72,6 +75,7 @@ class Opened:
     read_only: bool
     info: FormatInfo = field(default_factory=FormatInfo)
     identity: Identity | None = None
+    lock: FileLock | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 
 Callback = Callable[[Event], None]
 
-_tokens = itertools.count(1)  # of the process, like the ring: an old loop's event must not meet a new loop's token
+# Of the process, like the ring: the event of an earlier loop's work must not meet a token of this one's.
+_tokens = itertools.count(1)
 
 
 class Source(Protocol):

@@ -161,7 +161,8 @@ class Graph:
     async def _close_all(self, nodes: list[BlockNode]) -> None:
         for node in nodes:
             await self.ring.run(node.handle.start_close, f"Could not close node '{node.name}'")
-        for node in nodes:
+            if node.lock is not None:
+                node.lock.close()
             self._closing.remove(node)
 
     def _detach(self, node: BlockNode) -> list[BlockNode]:

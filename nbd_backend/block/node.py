@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nbd_backend.block import kernel
+from nbd_backend.block.locks import FileLock
 from nbd_backend.block.permissions import Permission
 
 Identity = tuple[int, int]
@@ -44,6 +45,7 @@ class BlockNode:
     cache_direct: bool = False
     cache_no_flush: bool = False
     identity: Identity | None = None
+    lock: FileLock | None = None
     is_filter: bool = False
     children: dict[str, BlockNode] = field(default_factory=dict)
     claims: dict[str, Permission] = field(default_factory=dict)

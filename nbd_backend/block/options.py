@@ -28,7 +28,7 @@ class NodeOptions(msgspec.Struct, rename="kebab", forbid_unknown_fields=True, fr
     node_name: str | None = None
     read_only: bool | None = None
     auto_read_only: bool = False
-    force_share: bool = False
+    force_share: bool | None = None
     discard: Literal["ignore", "unmap"] | None = None
     detect_zeroes: Literal["off", "on", "unmap"] = "off"
     cache: CacheOptions = CacheOptions()

@@ -1,16 +1,10 @@
-"""Units as types, so that a guest offset, a host offset and a cluster index never mix, and sizes as people
-write them.
-"""
+"""Units as types, so that an offset in a file and a size never mix, and sizes as people write them."""
 
 import re
 from typing import NewType
 
-GuestOffset = NewType("GuestOffset", int)
-"""Bytes from the start of the guest's disk."""
 HostOffset = NewType("HostOffset", int)
 """Bytes from the start of an image file."""
-ClusterIndex = NewType("ClusterIndex", int)
-"""Number of a cluster within an image file."""
 
 SECTOR = 512
 KIB = 1 << 10
@@ -24,11 +18,6 @@ _SHIFT = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50, "E": 60}
 def ceil_div(dividend: int, divisor: int) -> int:
     """The quotient rounded up; `divisor` is positive."""
     return -(-dividend // divisor)
-
-
-def round_up(value: int, multiple: int) -> int:
-    """The least multiple of `multiple` that is at least `value`."""
-    return ceil_div(value, multiple) * multiple
 
 
 def is_power_of_two(value: int) -> bool:

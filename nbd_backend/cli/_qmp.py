@@ -8,7 +8,7 @@ import json
 import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, TypeVar
 
 from qemu.qmp import ConnectError, EventListener, ExecInterruptedError, ExecuteError, Message, QMPClient
@@ -67,6 +67,10 @@ class Session:
         finally:
             ended.cancel()
             self.client.remove_listener(queue)
+
+    def job_events(self) -> AbstractAsyncContextManager[AsyncIterator[dict[str, Any]]]:
+        """The events that tell how jobs fare, as `events` gives them."""
+        return self.events("JOB_STATUS_CHANGE", "BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED")
 
     async def _put_end(self, queue: _Queue) -> None:
         await self.client.runstate_changed()  # from running to anything else

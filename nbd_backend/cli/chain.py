@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format", choices=["qcow2", "raw"], default="qcow2", help="of IMAGE; default: %(default)s"
     )
     parser.add_argument(
-        "--qmp", nargs="?", const="", metavar="unix:PATH", help="ask a running server instead"
+        "--qmp",
+        nargs="?",
+        const=os.environ.get("NBD_BACKEND_QMP", ""),
+        metavar="unix:PATH",
+        help="ask a running server instead",
     )
     shape = parser.add_mutually_exclusive_group()
     shape.add_argument("--dot", action="store_true", help="a graph for Graphviz")

@@ -86,7 +86,7 @@ def info_lines(image: dict[str, Any]) -> Iterator[str]:
 
 
 class Run(NamedTuple):
-    """Neighbouring bytes of the disk of which the same can be said; `offset` is a place in `file`, or None."""
+    """Neighbouring bytes of the disk of which the same can be said; `offset`: where in `file`, or None."""
 
     start: int
     length: int

@@ -5,7 +5,7 @@
     nbd-backend job start backup device=sda target=/backups/sda.qcow2 sync=full
 
 A backup whose target has a slash in it makes that file (as QMP's drive-backup does); any other target is a
-node. TYPE may also be the name of any QMP command that starts a job. `watch` and `start --watch` follow
+node. Other types, those of installed packages, take their own options. `watch` and `start --watch` follow
 jobs to their end and exit with 4 if one failed or was cancelled.
 """
 
@@ -14,7 +14,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import CliError, _format
@@ -31,7 +32,6 @@ STARTERS = {
     "mirror": "blockdev-mirror",
     "commit": "block-commit",
     "stream": "block-stream",
-    "create": "blockdev-create",
 }
 VERBS = {
     "pause": "stop working until `resume`",
@@ -53,7 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         return made
 
     start = action("start", "start a job", start_job)
-    start.add_argument("type", metavar="TYPE", help=f"{', '.join(STARTERS)}, or a QMP command")
+    start.add_argument(
+        "type", metavar="TYPE", help=f"{', '.join(STARTERS)}, or a type of an installed package"
+    )
     start.add_argument("words", nargs="*", metavar="KEY=VALUE", help="the command's arguments")
     start.add_argument("--watch", action="store_true", help="follow it to its end")
     listing = action("list", "show all jobs", list_jobs)
@@ -83,32 +85,38 @@ def run(arguments: argparse.Namespace) -> int:
 # ---- start and steer ----
 
 
-def start_command(job_type: str, values: dict[str, Any]) -> str:
-    """The QMP command that starts a job of this type with these arguments."""
+def start_command(job_type: str, values: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The QMP command that starts a job of this type, and its arguments."""
     if job_type == "backup" and "/" in str(values.get("target", "")):
-        return "drive-backup"
-    return STARTERS.get(job_type, job_type)
+        return "drive-backup", {**values, "target": str(Path(values["target"]).absolute())}
+    if job_type in STARTERS:
+        return STARTERS[job_type], values
+    options = {name: value for name, value in values.items() if name != "job-id"}
+    identity = {"id": values["job-id"]} if "job-id" in values else {}
+    return "job-create", {"type": job_type, "options": options, **identity}
 
 
 def start_job(arguments: argparse.Namespace) -> int:
     """``job start``."""
     values = parse_arguments(arguments.words)
-    command = start_command(arguments.type, values)
+    command, members = start_command(arguments.type, values)
 
     async def start(session: Session) -> int:
-        async with session.events(*_EVENTS) as events:
+        async with session.job_events() as events:
             before = {job["id"] for job in await session.execute("query-jobs")}
-            await session.execute(command, values)
+            await session.execute(command, members)
             started = await _started(session, events, before, values.get("job-id"))
             if arguments.watch:
-                return await _Watch(session, {started}).follow(events)
+                return await follow_job(session, started, events)
             print(started)
             return 0
 
     return talk(arguments, start)
 
 
-async def _started(session: Session, events: Any, before: set[str], wanted: str | None) -> str:
+async def _started(
+    session: Session, events: AsyncIterator[dict[str, Any]], before: set[str], wanted: str | None
+) -> str:
     """The new job's id; a short one may be over already, but its first event has come by then."""
     if wanted is not None:
         return wanted
@@ -145,7 +153,7 @@ def set_options(arguments: argparse.Namespace) -> int:
             if name == "speed":
                 await session.execute("block-job-set-speed", {"device": arguments.id, "speed": value})
             else:
-                await session.execute("job-set-option", {"id": arguments.id, "option": name, "value": value})
+                await session.execute("job-set-option", {"id": arguments.id, "name": name, "value": value})
 
     talk(arguments, change)
     return 0
@@ -197,14 +205,19 @@ def _left(job: dict[str, Any]) -> str:
 
 # ---- watch ----
 
-_EVENTS = ("JOB_STATUS_CHANGE", "BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED", "BLOCK_JOB_ERROR")
+
+async def follow_job(session: Session, job: str, events: AsyncIterator[dict[str, Any]]) -> int:
+    """Show a job's progress until its end; the exit status. `events`: the session's since before it was
+    started.
+    """
+    return await _Watch(session, {job}).follow(events)
 
 
 def watch_jobs(arguments: argparse.Namespace) -> int:
     """``job watch``."""
 
     async def watch(session: Session) -> int:
-        async with session.events(*_EVENTS) as events:
+        async with session.job_events() as events:
             present = {job["id"] for job in await session.execute("query-jobs")}
             unknown = set(arguments.ids) - present
             if unknown:
@@ -227,7 +240,7 @@ class _Watch:
         self._failed: dict[str, str] = {}
         self._tasks: dict[str, TaskID] = {}
 
-    async def follow(self, events: Any) -> int:
+    async def follow(self, events: AsyncIterator[dict[str, Any]]) -> int:
         """Show progress; the exit status."""
         with _progress() as progress:
             reader = asyncio.create_task(self._read(events))
@@ -237,13 +250,14 @@ class _Watch:
                     await asyncio.wait({reader}, timeout=REFRESH_SECONDS)
             finally:
                 reader.cancel()
-            if self._left and reader.done():
+            if self._left:
                 raise CliError("the server has ended")
+            self._complete(progress)
         for name, reason in self._failed.items():
             print(f"job {name}: {reason}")
         return FAILED if self._failed else 0
 
-    async def _read(self, events: Any) -> None:
+    async def _read(self, events: AsyncIterator[dict[str, Any]]) -> None:
         async for event in events:
             self._take(event["event"], event["data"])
             if not self._left:
@@ -272,10 +286,12 @@ class _Watch:
                 completed=job["current-progress"],
                 total=job["total-progress"] or None,
             )
-        known = {job["id"] for job in jobs}
+
+    def _complete(self, progress: Progress) -> None:
+        """Jobs vanish between two looks at them: what did not fail has done all that it had to do."""
         for name, task in self._tasks.items():
-            if name not in known and name not in self._failed:
-                progress.update(task, completed=progress.tasks[task].total or 1, description=f"{name} (done)")
+            if name not in self._failed:
+                progress.update(task, completed=progress.tasks[task].total or 0, description=f"{name} (done)")
 
 
 def _progress() -> Progress:

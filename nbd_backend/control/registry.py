@@ -7,7 +7,7 @@ A command is an async function in any module of ``nbd_backend/control/commands/`
 
     @command("job-pause", arguments=JobReference, since="3.0")
     async def job_pause(context: Context, arguments: JobReference) -> None:
-        \"\"\"Stop a job at its next pause point, until job-resume.\"\"\"
+        '''Stop a job at its next pause point, until job-resume.'''
         context.jobs.pause(arguments.id)
 
 - ``arguments``: a struct (see arguments.py), or a union of tagged ones; None when the command takes none, and

@@ -11,8 +11,10 @@ from tests.support import images
 SECTOR = 512
 CLUSTER_SIZES = (512, 4096, 65536, 2 << 20)
 SIZES = {512: 100 << 10, 4096: 5 << 19, 65536: 1 << 20, 2 << 20: 9 << 20}
-"""Bytes of a disk by cluster size: more than one L2 table where that is possible, never a whole last cluster."""
+"""Bytes of a disk by cluster size: more than one L2 table where that is possible."""
 
+Version = Literal[2, 3]
+Compression = Literal["zlib", "zstd"]
 FillKind = Literal["data", "zero", "unmapped zero", "preallocated zero", "compressed", "discard"]
 
 
@@ -32,8 +34,8 @@ class Layer:
 
     size: int
     cluster_size: int = 65536
-    version: Literal[2, 3] = 3
-    compression: Literal["zlib", "zstd"] = "zlib"
+    version: Version = 3
+    compression: Compression = "zlib"
     raw: bool = False
     fills: tuple[Fill, ...] = ()
 
@@ -78,34 +80,41 @@ def make_layer(path: Path, layer: Layer, backing: Path | None, below: Layer | No
     else:
         backing_fmt = "raw" if below and below.raw else "qcow2"
         images.create(path, layer.size, backing=backing, backing_fmt=backing_fmt, options=layer.options())
-    commands = [command for fill in layer.fills for command in fill_commands(layer, fill)]
+    commands = compressed_commands(layer) + plain_commands(layer)
     if commands:
         images.qemu_io(path, *commands, fmt="raw" if layer.raw else "qcow2")
     return path
 
 
-def fill_commands(layer: Layer, fill: Fill) -> list[str]:
-    """The qemu-io commands of a fill, cut at the layer's end."""
-    offset = fill.first * layer.cluster_size
-    count = min(fill.count * layer.cluster_size, layer.size - offset)
-    if count <= 0:
-        return []
-    where = f"{offset} {count}"
-    data = f"write -P {fill.pattern} {where}"
-    if fill.kind == "preallocated zero":
-        return [data, f"write -z {where}"]
-    if fill.kind == "compressed" and not layer.raw:
-        return compressed_commands(layer, offset, count, fill.pattern)
-    commands = {
-        "zero": f"write -z {where}",
-        "unmapped zero": f"write -z -u {where}",
-        "discard": f"discard {where}",
+def plain_commands(layer: Layer) -> list[str]:
+    """The qemu-io commands of all fills but the compressed ones, cut at the layer's end."""
+    commands = []
+    for fill in layer.fills:
+        offset = fill.first * layer.cluster_size
+        count = min(fill.count * layer.cluster_size, layer.size - offset)
+        where = f"{offset} {count}"
+        data = f"write -P {fill.pattern} {where}"
+        commands += {
+            "data": [data],
+            "zero": [f"write -z {where}"],
+            "unmapped zero": [f"write -z -u {where}"],
+            "preallocated zero": [data, f"write -z {where}"],
+            "discard": [f"discard {where}"],
+            "compressed": [],
+        }[fill.kind]
+    return commands
+
+
+def compressed_commands(layer: Layer) -> list[str]:
+    """Compressed writes of whole clusters, each once, because they cannot overwrite anything."""
+    patterns = {
+        cluster: fill.pattern
+        for fill in layer.fills
+        if fill.kind == "compressed"
+        for cluster in range(fill.first, fill.first + fill.count)
+        if (cluster + 1) * layer.cluster_size <= layer.size
     }
-    return [commands.get(fill.kind, data)]
-
-
-def compressed_commands(layer: Layer, offset: int, count: int, pattern: int) -> list[str]:
-    """Compressed writes, which take whole clusters only; what is cut at the end is written plain."""
-    whole = count - count % layer.cluster_size
-    plain = [f"write -P {pattern} {offset + whole} {count - whole}"] if count > whole else []
-    return ([f"write -c -P {pattern} {offset} {whole}"] if whole else []) + plain
+    return [
+        f"write -c -P {pattern} {cluster * layer.cluster_size} {layer.cluster_size}"
+        for cluster, pattern in sorted(patterns.items())
+    ]

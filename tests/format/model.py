@@ -23,7 +23,7 @@ class Operation:
     fua: bool = False
 
     def data(self) -> bytes:
-        """What a write writes: different at every offset and for every seed, so that nothing can be mistaken."""
+        """What a write writes: other data at every offset and for every seed, so that nothing is mistaken."""
         start = (self.offset + self.seed * 7919) % (len(_SOURCE) // 2)
         return _SOURCE[start : start + self.count]
 
@@ -31,8 +31,8 @@ class Operation:
 class Disk:
     """A disk behind an NBD connection together with the bytes that it must hold.
 
-    A trim may leave the old bytes or zeroes, decided cluster by cluster; what it did is read back and becomes part
-    of the model. With `trim_zeroes` every cluster that is trimmed as a whole must read as zeroes.
+    A trim may leave the old bytes or zeroes, decided cluster by cluster; what it did is read back and becomes
+    part of the model. With `trim_zeroes` every cluster that is trimmed as a whole must read as zeroes.
     """
 
     def __init__(self, client: NbdClient, content: bytes, cluster_size: int, *, trim_zeroes: bool) -> None:

@@ -7,18 +7,20 @@ from typing import Any, Literal, get_args
 
 from hypothesis import strategies as st
 
-from tests.format.chains import CLUSTER_SIZES, SIZES, Fill, FillKind, Layer, disk_size
+from tests.format.chains import CLUSTER_SIZES, Compression, Fill, FillKind, Layer, Version, disk_size
 from tests.format.model import Kind, Operation
 
 Base = Literal[
     "none", "raw shorter", "raw equal", "raw longer", "qcow2 shorter", "qcow2 equal", "qcow2 longer",
     "zlib", "zstd", "chain",
 ]  # fmt: skip
+versions: st.SearchStrategy[Version] = st.sampled_from((2, 3))
+compressions: st.SearchStrategy[Compression] = st.sampled_from(("zlib", "zstd"))
 BASES: tuple[Base, ...] = get_args(Base)
 _LENGTHS = {"shorter": 5, "equal": 8, "longer": 11}
 """Size of a base in eighths of the image above it."""
 FILL_KINDS: tuple[FillKind, ...] = get_args(FillKind)
-OPERATION_KINDS: tuple[Kind, ...] = ("write", "write", "zero", "zero, keep space", "trim", "read", "flush")  # type: ignore[assignment]
+OPERATION_KINDS: tuple[Kind, ...] = ("write", "write", "zero", "zero, keep space", "trim", "read", "flush")
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,10 @@ def lower_layers(draw: st.DrawFn, base: Base, size: int) -> tuple[Layer, ...]:
 @st.composite
 def qcow2_layer(draw: st.DrawFn, size: int, eighths: int) -> Layer:
     """A qcow2 layer of some eighths of `size`, any version, any cluster size that does not make it huge."""
-    version = draw(st.sampled_from([2, 3]))
+    version = draw(versions)
     own_size = max(512, size * eighths // 8 // 512 * 512)
     cluster_size = draw(st.sampled_from([each for each in CLUSTER_SIZES if own_size // each <= 5000]))
-    compression = draw(st.sampled_from(["zlib", "zstd"])) if version == 3 else "zlib"
+    compression = draw(compressions) if version == 3 else "zlib"
     layer = Layer(own_size, cluster_size, version, compression)
     return layer.with_fills(*draw(fills(own_size, cluster_size)))
 
@@ -97,14 +99,13 @@ def operations(draw: st.DrawFn, size: int, cluster_size: int) -> Operation:
 
 
 @st.composite
-def cases(draw: st.DrawFn, version: Literal[2, 3], cluster_size: int, base: Base) -> Case:
+def cases(draw: st.DrawFn, version: Version, cluster_size: int, base: Base) -> Case:
     """An image of this version and cluster size over a base of this kind, and a sequence of requests."""
     size = disk_size(cluster_size, draw(st.integers(0, 63)))
     lower = draw(lower_layers(base, size))
     top = Layer(size, cluster_size, version)
     if draw(st.booleans()):
         top = top.with_fills(*draw(fills(size, cluster_size)))
-    return Case((*lower, top), tuple(draw(st.lists(operations(size, cluster_size), min_size=4, max_size=24))))
-
-
-assert set(SIZES) == set(CLUSTER_SIZES)
+    return Case(
+        (*lower, top), tuple(draw(st.lists(operations(size, cluster_size), min_size=10, max_size=30)))
+    )

@@ -1,7 +1,8 @@
 """The events of a job's life, in their order: literal data, compared with our job layer and with QEMU.
 
-A script is what a client sees and does: a word is an event (a status, or an event's name, with ``:action`` and
-``:error`` where it has such members), ``>verb id`` a command of the client. With several jobs, words carry the id.
+A script is what a client sees and does: a word is an event (a status, or an event's name, with ``:action``
+and ``:error`` where it has such members), ``>verb id`` a command of the client. With several jobs words carry
+the id.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ ORDERS = [
     _one("backup", "created running waiting pending BLOCK_JOB_COMPLETED concluded null"),
     _one(
         "backup, manual finalize",
-        "created running waiting pending BLOCK_JOB_PENDING, >job-finalize j1, BLOCK_JOB_COMPLETED concluded null",
+        "created running waiting pending BLOCK_JOB_PENDING, >job-finalize j1,"
+        "BLOCK_JOB_COMPLETED concluded null",
         auto_finalize=False,
     ),
     _one(
@@ -80,7 +82,8 @@ ORDERS = [
     ),
     _one(
         "mirror, complete",
-        "created running ready BLOCK_JOB_READY, >job-complete j1, waiting pending BLOCK_JOB_COMPLETED concluded null",
+        "created running ready BLOCK_JOB_READY, >job-complete j1,"
+        "waiting pending BLOCK_JOB_COMPLETED concluded null",
         kind="mirror",
     ),
     _one(
@@ -103,7 +106,8 @@ ORDERS = [
     ),
     _one(
         "mirror, pause and resume when ready",
-        "created running ready BLOCK_JOB_READY, >job-pause j1, standby, >job-resume j1, ready, >job-complete j1,"
+        "created running ready BLOCK_JOB_READY, >job-pause j1, standby, >job-resume j1, ready,"
+        ">job-complete j1,"
         "waiting pending BLOCK_JOB_COMPLETED concluded null",
         kind="mirror",
     ),
@@ -131,7 +135,8 @@ ORDERS = [
     ),
     _one(
         "cancel while paused",
-        "created running, >job-pause j1, paused, >job-cancel j1, running aborting BLOCK_JOB_CANCELLED concluded null",
+        "created running, >job-pause j1, paused, >job-cancel j1,"
+        "running aborting BLOCK_JOB_CANCELLED concluded null",
         endless=True,
     ),
     _one(
@@ -153,7 +158,8 @@ ORDERS = [
     ),
     _one(
         "error, report, manual dismiss",
-        "created running BLOCK_JOB_ERROR:report aborting BLOCK_JOB_COMPLETED:error concluded, >job-dismiss j1, null",
+        "created running BLOCK_JOB_ERROR:report aborting BLOCK_JOB_COMPLETED:error concluded,"
+        ">job-dismiss j1, null",
         error=IO_ERROR,
         auto_dismiss=False,
     ),

@@ -1,4 +1,4 @@
-"""The event orders that our job layer keeps are those of qemu-storage-daemon: the same scripts, played there."""
+"""Our event orders are those of qemu-storage-daemon, which plays the same scripts."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def qsd(tmp_path: Path) -> Iterator[Recording]:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
-        # Waiting for us, the daemon greets once; otherwise it may greet a client twice that is there too early.
+        # Waiting for us, the daemon greets once; otherwise it may greet twice a client that is too early.
         chardev = f"socket,id=c,fd={listener.fileno()},server=on,wait=on"
         command = [program, "--chardev", chardev, "--monitor", "chardev=c"]
         daemon = subprocess.Popen(command, pass_fds=[listener.fileno()])

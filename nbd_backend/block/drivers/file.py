@@ -8,8 +8,9 @@ from typing import Literal
 
 from nbd_backend.block import kernel
 from nbd_backend.block.driver import Driver, OpenContext, Opened
-from nbd_backend.block.errors import KernelError
+from nbd_backend.block.errors import BlockError, KernelError
 from nbd_backend.block.kernel import NodeFlag
+from nbd_backend.block.locks import lock_file
 from nbd_backend.block.node import FormatInfo
 from nbd_backend.block.options import NodeOptions
 
@@ -17,7 +18,7 @@ _READ_ONLY_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class Options(NodeOptions, frozen=True, kw_only=True):
-    """`aio` and `locking` are taken for compatibility: there is one way to do I/O, and one to lock."""
+    """`locking`: QEMU's locks; "auto": where the file system has them. `aio` does nothing."""
 
     filename: str
     aio: Literal["threads", "native", "io_uring"] = "threads"
@@ -33,16 +34,26 @@ async def open_file(context: OpenContext, options: Options) -> Opened:
         raise KernelError(f"Could not open '{options.filename}'", error.errno or errno.EIO) from None
     identity = (status.st_dev, status.st_ino)
     context.claim_file(options.filename, identity)
-    flags = context.flags
+    handle = await context.run(_open, path, context)
+    lock = None
+    if options.locking != "off" and not context.force_share:
+        try:
+            required = options.locking == "on"
+            lock = await context.run(lock_file, path, writable=not handle.read_only, required=required)
+        except BlockError:
+            handle.close()
+            raise
+    return Opened(handle, options.filename, handle.read_only, FormatInfo(dirty=False), identity, lock)
+
+
+def _open(path: str, context: OpenContext) -> kernel.Node:
+    """The file as the flags say, or read-only if it cannot be written and the options allow that."""
     try:
-        handle = await context.run(kernel.file_open, path, flags)
+        return kernel.file_open(path, context.flags)
     except KernelError as error:
         if not context.auto_read_only or context.read_only or error.errno not in _READ_ONLY_ERRORS:
             raise
-        flags |= NodeFlag.READ_ONLY
-        handle = await context.run(kernel.file_open, path, flags)
-    read_only = bool(flags & NodeFlag.READ_ONLY)
-    return Opened(handle, options.filename, read_only, FormatInfo(dirty=False), identity)
+        return kernel.file_open(path, context.flags | NodeFlag.READ_ONLY)
 
 
 DRIVER = Driver(names=("file", "host_device"), options=Options, open=open_file)

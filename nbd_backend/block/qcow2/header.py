@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 
 from nbd_backend.block.errors import BadImage, BlockError, Kind
 from nbd_backend.block.qcow2.features import Extension, FeatureKind, Incompatible, feature_names
-from nbd_backend.block.units import MIB, SECTOR, ceil_div
+from nbd_backend.block.units import MIB, SECTOR, HostOffset, ceil_div
 
 MAGIC = 0x514649FB
 V2_LENGTH = 72
@@ -48,11 +48,11 @@ class Header:
     backing_format: str | None
     crypt_method: int
     l1_entries: int
-    l1_offset: int
-    reftable_offset: int
+    l1_offset: HostOffset
+    reftable_offset: HostOffset
     reftable_clusters: int
     snapshots: int
-    snapshots_offset: int
+    snapshots_offset: HostOffset
     incompatible: int
     compatible: int
     autoclear: int
@@ -135,11 +135,11 @@ class _Parser:
             backing_format=self._backing_format(by_type),
             crypt_method=self.crypt_method,
             l1_entries=self.l1_entries,
-            l1_offset=self.l1_offset,
-            reftable_offset=self.reftable_offset,
+            l1_offset=HostOffset(self.l1_offset),
+            reftable_offset=HostOffset(self.reftable_offset),
             reftable_clusters=self.reftable_clusters,
             snapshots=self.snapshots,
-            snapshots_offset=self.snapshots_offset,
+            snapshots_offset=HostOffset(self.snapshots_offset),
             incompatible=self.incompatible,
             compatible=self.compatible,
             autoclear=self.autoclear,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -44,3 +45,15 @@ def failing_reads(node: kernel.Node) -> kernel.Node:
     made = kernel.error_inject_open(node, kernel.NodeFlag(0))
     add_rule(made, Rule(operations=["read"], errno="EIO"))
     return made
+
+
+def open_files(directory: Path) -> list[Path]:
+    """Files below `directory` that this process has open."""
+    found = [link.resolve() for link in Path("/proc/self/fd").iterdir() if link.exists()]
+    return [path for path in found if path.is_relative_to(directory)]
+
+
+def wait_for_a_request(export: kernel.Export) -> None:
+    """Block until `export` has a request in flight."""
+    while not export.counters().in_flight:
+        time.sleep(0.001)

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from nbd_backend.block.errors import BadImage, BlockError, Kind
-from nbd_backend.block.images import with_chain
 from nbd_backend.block.qcow2.create import Backing, create_qcow2, create_raw
 from nbd_backend.block.security import PathPolicy
 from tests.support import images
@@ -172,13 +171,3 @@ async def test_damaged_metadata_names_the_file(tmp_path: Path) -> None:
         assert graph.nodes() == []
     assert f"L1 table entry 0 is damaged: 0x8000000000000200 in '{path}'" in refused.value.message
     assert path.read_bytes() == before
-
-
-# ---- images at rest ----
-
-
-def test_a_chain_at_rest_can_be_looked_at(tmp_path: Path) -> None:
-    create_qcow2(str(tmp_path / "base"), MIB)
-    path = overlay(tmp_path / "top", "base")
-    seen = with_chain(str(path), "qcow2", lambda top: [Path(layer.filename).name for layer in top.chain()])
-    assert seen == ["top", "base"]

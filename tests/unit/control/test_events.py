@@ -126,13 +126,21 @@ def test_devices_and_stops_are_not_thinned_out_by_each_other(runner: asyncio.Run
     runner.run(scenario())
 
 
-def test_what_is_held_back_comes_when_the_bus_closes(runner: asyncio.Runner) -> None:
+def test_what_is_held_back_comes_when_the_bus_closes_and_nothing_later(
+    runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "LIMIT_INTERVAL", 0.01)
+    unhandled: list[dict[str, Any]] = []
+    runner.get_loop().set_exception_handler(lambda _loop, context: unhandled.append(context))
+
     async def scenario() -> None:
         bus, listener = EventBus(DEFINITIONS), Listener()
         bus.subscribe(listener)
         for reason in "ab":
             bus.emit("BLOCK_IO_ERROR", io_error("report", reason))
         bus.close()
+        await asyncio.sleep(0.03)
         assert [event["data"]["reason"] for event in listener.received] == ["a", "b"]
 
     runner.run(scenario())
+    assert not unhandled

@@ -336,6 +336,7 @@ def test_a_lost_monitor_finishes_its_command_and_drops_the_others(runner: asynci
         monitor.session.lost()
         monitor.gate.open.set()
         await settle()
+        monitor.context.events.emit("BLOCK_EXPORT_DELETED", {"id": "e"})
         assert (monitor.gate.began, monitor.ended) == (1, 1)
         assert monitor.transport.messages() == []
 

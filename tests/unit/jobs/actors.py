@@ -15,7 +15,7 @@ from jobs.transaction import Transaction
 
 
 class Actor(Job):
-    """A job that works until told to return, in steps of one pause point; ``fails`` names hooks that raise."""
+    """A job that works until told to return, a pause point a step; ``fails`` names hooks that raise."""
 
     type = "actor"
 

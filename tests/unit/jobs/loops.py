@@ -1,4 +1,4 @@
-"""Runs a coroutine test on asyncio's loop in debug mode, and on uvloop; whatever the loop complains of is a failure."""
+"""Runs a coroutine test on asyncio's loop in debug mode and on uvloop; the loop's complaints fail it."""
 
 from __future__ import annotations
 
@@ -43,4 +43,5 @@ def both_loops(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., 
     signature = inspect.signature(test)
     first = inspect.Parameter("loop_kind", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     plain.__dict__["__signature__"] = signature.replace(parameters=[first, *signature.parameters.values()])
-    return pytest.mark.parametrize("loop_kind", list(LOOPS))(plain)
+    parametrized: Callable[..., None] = pytest.mark.parametrize("loop_kind", list(LOOPS))(plain)
+    return parametrized

@@ -258,7 +258,10 @@ async def test_hooks_that_fail_still_bring_the_job_to_its_end(
     ("failure", "text"),
     [
         (OSError(28, "whatever"), "whatever"),
-        (JobError("Source and target image have different sizes"), "Source and target image have different sizes"),
+        (
+            JobError("Source and target image have different sizes"),
+            "Source and target image have different sizes",
+        ),
         (ZeroDivisionError("oops"), "ZeroDivisionError: oops"),
     ],
 )
@@ -297,3 +300,16 @@ async def test_a_hint_that_fails_does_not_spoil_the_cancel() -> None:
     await stage.manager.cancel("j1")
     await settle()
     assert job.status.value == "null"
+
+
+@both_loops
+async def test_a_job_paused_by_the_server_runs_again_before_it_aborts() -> None:
+    stage = Stage()
+    job = stage.actor()
+    await stage.start(job)
+    job.pause()
+    await settle()
+    await stage.manager.cancel("j1")
+    await settle()
+    expected = ["created", "running", "paused", "running", "aborting", "concluded", "null"]
+    assert stage.events.words() == expected

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from jobs.block.legacy import BlockJobNames, cancel_block_job
@@ -45,7 +47,7 @@ async def test_events_come_in_the_order_of_the_script(order: Order) -> None:
 
 
 def _make(stage: Stage, subject: Subject) -> Actor:
-    flags = {
+    flags: dict[str, Any] = {
         "clock": stage.clock,
         "auto_finalize": subject.auto_finalize,
         "auto_dismiss": subject.auto_dismiss,

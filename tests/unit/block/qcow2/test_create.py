@@ -102,7 +102,7 @@ def test_what_the_format_cannot_hold_is_refused_and_nothing_is_made(
 ) -> None:
     path = tmp_path / "new.qcow2"
     with pytest.raises(BlockError) as refused:
-        create_qcow2(str(path), **arguments)
+        create_qcow2(str(path), arguments["size"], cluster_size=arguments["cluster_size"])
     assert text in refused.value.message
     assert str(path) in refused.value.message
     assert not path.exists()

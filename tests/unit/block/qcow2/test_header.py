@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nbd_backend.block.errors import BadImage, BlockError, Kind
 from nbd_backend.block.qcow2.create import Backing, create_qcow2
@@ -290,3 +292,39 @@ def test_backing_file_and_format_are_found_in_what_qemu_img_made(tmp_path: Path)
     data = path.read_bytes()
     header = parse(data, str(path), len(data))
     assert (header.backing_file, header.backing_format) == ("base.raw", "raw")
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return bytes(good(tmp_path_factory.mktemp("header")))
+
+
+PLACES = st.one_of(st.integers(0, 127), st.integers(0, 1023))
+EDGES = st.sampled_from([0, 1, 2, 0x7F, 0x80, 0xFF])
+
+
+@given(st.lists(st.tuples(PLACES, EDGES | st.integers(0, 255)), max_size=12), st.integers(0, 4 * CLUSTER))
+def test_any_header_is_read_or_refused(image: bytes, changes: list[tuple[int, int]], size: int) -> None:
+    """Damage of any kind ends in a checked header or in a refusal, and a checked one keeps its promises."""
+    damaged = bytearray(image)
+    for place, value in changes:
+        damaged[place] = value
+    data = bytes(damaged[: min(size, CLUSTER)])
+    try:
+        header = parse(data, FILE, size)
+        refuse_unsupported(header, FILE, writable=True)
+        bitmap_count(header, FILE, size)
+    except BlockError as error:
+        refusal = error.message
+    else:
+        refusal = f"none of {FILE}"
+        check_promises(header, size)
+    assert FILE in refusal
+
+
+def check_promises(header: Header, size: int) -> None:
+    """What the kernel may take for granted in an image of `size` bytes."""
+    assert header.l1_entries == 0 or header.l1_offset + header.l1_entries * 8 <= size
+    assert header.reftable_offset + header.reftable_clusters * header.cluster_size <= size
+    assert header.size <= header.l1_entries * header.cluster_size * (header.cluster_size // 8)
+    assert header.size % 512 == 0
