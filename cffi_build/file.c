@@ -24,18 +24,28 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum { DIRECT_ALIGN = 4096, BOUNCE = 1 << 20 };
+enum { DIRECT_ALIGN = 4096, BOUNCE = 1 << 20, QUEUED_WRITE = 32 << 10 };
+
+/* The run of data found last.  SEEK_HOLE may walk all of a run to find its end (tmpfs: page by page), so asking chunk
+ * by chunk would be quadratic.  Forgotten when holes are made. */
+struct data_run {
+    pthread_mutex_t lock;          /* innermost; protects the rest */
+    uint64_t start, end;           /* bytes; start == end: none known */
+    uint64_t holes_made;           /* so often: a search that began before is not remembered */
+};
 
 struct file {
     struct node node;
     int fd;                        /* immutable */
     bool block_device;             /* immutable */
     bool direct;                   /* immutable */
+    pthread_mutex_t writers;       /* buffered: one large write at a time */
     struct range_lock blocks;      /* direct: shared by aligned writes and holes, exclusive for read-modify-write */
     atomic_int sync_error;         /* 0 or the -errno of the first flush that failed */
     atomic_bool no_punch;          /* the filesystem cannot punch holes: learnt once */
     atomic_bool no_zero_range;     /* nor zero a range */
     atomic_bool no_seek_data;      /* nor tell data from holes */
+    struct data_run run;
 };
 
 static struct file *of(const struct node *node)
@@ -178,10 +188,23 @@ static int file_pread(struct node *node, void *buf, size_t count, uint64_t offse
     return read_all(file->fd, buf, count, offset);
 }
 
+/* The page cache takes one writer per file at a time, and those who wait spin.  Large writes queue here instead, where
+ * waiting is sleeping: 64 KiB writes into new pages of a tmpfs by 8 threads on 2 cores took 33 us of CPU each, 42 us
+ * without the queue. */
+static int buffered_write(struct file *file, const char *buf, size_t count, uint64_t offset)
+{
+    if (count < QUEUED_WRITE)
+        return write_all(file->fd, buf, count, offset);
+    pthread_mutex_lock(&file->writers);
+    int err = write_all(file->fd, buf, count, offset);
+    pthread_mutex_unlock(&file->writers);
+    return err;
+}
+
 static int file_pwrite(struct node *node, const void *buf, size_t count, uint64_t offset, uint32_t flags)
 {
     struct file *file = of(node);
-    int err = file->direct ? direct_write(file, buf, count, offset) : write_all(file->fd, buf, count, offset);
+    int err = file->direct ? direct_write(file, buf, count, offset) : buffered_write(file, buf, count, offset);
     if (!err && (flags & NB_REQ_FUA))
         err = node_flush(node);
     return err;
@@ -190,6 +213,34 @@ static int file_pwrite(struct node *node, const void *buf, size_t count, uint64_
 static bool unsupported(int err)
 {
     return err == -EOPNOTSUPP || err == -ENOSYS || err == -EINVAL || err == -ENODEV || err == -ENOTTY;
+}
+
+static void forget_run(struct data_run *run)
+{
+    pthread_mutex_lock(&run->lock);
+    run->holes_made++;
+    run->start = run->end = 0;
+    pthread_mutex_unlock(&run->lock);
+}
+
+/* The end of the known data at offset, or 0; *holes_made for remember_run. */
+static uint64_t recall_run(struct data_run *run, uint64_t offset, uint64_t *holes_made)
+{
+    pthread_mutex_lock(&run->lock);
+    uint64_t end = run->start <= offset && offset < run->end ? run->end : 0;
+    *holes_made = run->holes_made;
+    pthread_mutex_unlock(&run->lock);
+    return end;
+}
+
+static void remember_run(struct data_run *run, uint64_t start, uint64_t end, uint64_t holes_made)
+{
+    pthread_mutex_lock(&run->lock);
+    if (run->holes_made == holes_made) {
+        run->start = start;
+        run->end = end;
+    }
+    pthread_mutex_unlock(&run->lock);
 }
 
 /* fallocate (direct: apart from read-modify-writes of the same blocks), remembering in *missing that the filesystem has no such mode. */
@@ -206,6 +257,8 @@ static int allocate(struct file *file, int mode, uint64_t count, uint64_t offset
     while (err == -EINTR);
     if (file->direct)
         range_unlock(&file->blocks, &hold);
+    if (!err)
+        forget_run(&file->run);
     if (!unsupported(err))
         return err;
     atomic_store(missing, true);
@@ -242,6 +295,12 @@ static int file_map(struct node *node, uint64_t offset, uint64_t count, struct m
                               .host_offset = offset };
     if (file->block_device || atomic_load_explicit(&file->no_seek_data, memory_order_relaxed))
         return 0;
+    uint64_t holes_made, known = recall_run(&file->run, offset, &holes_made);
+    if (known) {
+        if (known - offset < count)
+            out->length = known - offset;
+        return 0;
+    }
     off_t data = lseek(file->fd, (off_t)offset, SEEK_DATA);
     if (data < 0 && errno != ENXIO) {
         atomic_store(&file->no_seek_data, true);
@@ -255,7 +314,10 @@ static int file_map(struct node *node, uint64_t offset, uint64_t count, struct m
         return 0;
     }
     off_t hole = lseek(file->fd, (off_t)offset, SEEK_HOLE);
-    if (hole > data && (uint64_t)hole - offset < count)
+    if (hole <= data)
+        return 0;
+    remember_run(&file->run, offset, (uint64_t)hole, holes_made);
+    if ((uint64_t)hole - offset < count)
         out->length = (uint64_t)hole - offset;
     return 0;
 }
@@ -274,6 +336,8 @@ static void file_close(struct node *node)
     if (file->fd >= 0)
         close(file->fd);
     range_lock_destroy(&file->blocks);
+    pthread_mutex_destroy(&file->writers);
+    pthread_mutex_destroy(&file->run.lock);
 }
 
 static const struct node_ops file_ops = {
@@ -341,6 +405,8 @@ int nb_file_open(const char *path, uint32_t flags, struct node **out)
     file->block_device = block_device;
     file->direct = flags & NB_NODE_DIRECT;
     range_lock_init(&file->blocks);
+    pthread_mutex_init(&file->writers, NULL);
+    pthread_mutex_init(&file->run.lock, NULL);
     *out = &file->node;
     return 0;
 failed:

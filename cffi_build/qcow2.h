@@ -3,6 +3,7 @@
  *   qcow2_cache.c     bounded cache of table slices (L2 and refcount)
  *   qcow2_map.c       lookups: guest offset -> run; pure but for loading slices
  *   qcow2_refcount.c  refcounts, allocation and freeing of clusters
+ *   qcow2_overlap.c   which clusters hold metadata
  *   qcow2_flush.c     the order in which metadata reaches the disk
  *   qcow2_compress.c  reading compressed clusters
  *   qcow2_io.c        requests: read, write, zero, discard, map; opening and closing
@@ -113,6 +114,8 @@ struct pending_list {
     size_t count, capacity;
 };
 
+struct metadata_table;
+
 struct qcow2 {
     struct node node;
     /* immutable after open */
@@ -127,6 +130,7 @@ struct qcow2 {
     /* atomic */
     _Atomic uint64_t *l1;                             /* host endian; changed under meta_lock */
     _Atomic uint64_t file_end;                        /* end of the last cluster ever used: beyond, the file is virgin */
+    _Atomic(struct metadata_table *) metadata;        /* replaced under meta_lock */
     atomic_bool corrupt;                              /* writes fail; the header says so on disk */
     /* protected by meta_lock */
     pthread_mutex_t meta_lock;
@@ -209,6 +213,17 @@ bool epoch_is_over(struct qcow2 *q, unsigned long epoch);
 unsigned long epoch_enter(struct qcow2 *q);
 void epoch_leave(struct qcow2 *q, unsigned long epoch);
 
+/* ---- metadata clusters ---- */
+
+/* Enter the metadata of an image that is being opened. */
+int metadata_init(struct qcow2 *q);
+void metadata_free(struct qcow2 *q);
+/* True if the host cluster holds metadata.  Any thread. */
+bool metadata_has(const struct qcow2 *q, uint64_t cluster);
+/* `clusters` clusters from byte `host` on are metadata from now on.  -ENOMEM.  Under meta_lock. */
+int metadata_add(struct qcow2 *q, uint64_t host, uint64_t clusters);
+void metadata_remove(struct qcow2 *q, uint64_t cluster);
+
 /* ---- flush ---- */
 
 /* Make everything that ended before the call durable, in order.  Any thread. */
@@ -230,7 +245,7 @@ static inline void mark_dirty(struct qcow2 *q, struct cache *cache, struct slice
 /* Read and inflate the whole cluster into `cluster` (cluster_size bytes). */
 int qcow2_read_compressed(struct qcow2 *q, uint64_t entry, uint64_t offset, void *cluster);
 
-/* ---- metadata clusters ---- */
+/* ---- words ---- */
 
 /* Copy n words between host and big endian. */
 static inline void words_to_be(uint64_t *out, const uint64_t *in, size_t n)

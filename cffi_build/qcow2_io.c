@@ -501,6 +501,7 @@ static void qcow2_close(struct node *node)
     free(q->reftable_dirty);
     free(q->dropped.items);
     free(q->durable.items);
+    metadata_free(q);
 }
 
 static const struct node_ops qcow2_ops = {
@@ -579,6 +580,8 @@ int nb_qcow2_open(struct node *file, struct node *backing, const struct nb_qcow2
     err = read_l1(q, fault);
     if (!err && q->writable)
         err = refcount_open(q, fault);
+    if (!err)
+        err = metadata_init(q);
     if (err)
         goto failed;
     *out = &q->node;

@@ -1,7 +1,7 @@
 /* Guest offset -> where its bytes lie in this layer.
  *
  * Lookups read L1 and L2 entries as atomic words and take no lock but, for an instant, the cache's.  Every entry is
- * checked when it is used: reserved bits, alignment, and that it lies inside the file.
+ * checked when it is used: reserved bits, alignment, that it lies inside the file and not on metadata.
  */
 #include "qcow2.h"
 
@@ -45,7 +45,7 @@ static bool inside_file(const struct qcow2 *q, uint64_t host, uint64_t length)
 static bool compressed_is_sound(const struct qcow2 *q, uint64_t entry)
 {
     uint64_t offset = entry & ((UINT64_C(1) << q->compressed_shift) - 1);
-    return !(entry & FLAG_COPIED) && offset >= q->cluster_size && inside_file(q, offset, 1);
+    return !(entry & FLAG_COPIED) && inside_file(q, offset, 1) && !metadata_has(q, offset >> q->cluster_bits);
 }
 
 static bool standard_is_sound(const struct qcow2 *q, uint64_t entry)
@@ -57,7 +57,8 @@ static bool standard_is_sound(const struct qcow2 *q, uint64_t entry)
         return false;
     if (!host)
         return !(entry & FLAG_COPIED);
-    return !(host & (q->cluster_size - 1)) && inside_file(q, host, q->cluster_size);
+    return !(host & (q->cluster_size - 1)) && inside_file(q, host, q->cluster_size)
+        && !metadata_has(q, host >> q->cluster_bits);
 }
 
 static bool entry_is_sound(const struct qcow2 *q, uint64_t entry)
@@ -207,6 +208,8 @@ static int make_table_locked(struct qcow2 *q, uint64_t index)
         if (err)
             return err;
         err = fill_table(q, table, shared);
+        if (!err)
+            err = metadata_add(q, table, 1);
         if (err) {
             refcount_release(q, table, 1);
             return err;

@@ -122,6 +122,8 @@ static void raise_file_end(struct qcow2 *q, uint64_t end)
  * for slices that the cache drops. */
 static int new_block(struct qcow2 *q, uint64_t host, uint64_t used)
 {
+    if (metadata_has(q, host >> q->cluster_bits))
+        return qcow2_damaged(q, NB_FAULT_REFCOUNT, host, 0);      /* in use, though no block counts it */
     raise_file_end(q, host + q->cluster_size);
     void *zeroes = calloc(1, q->cluster_size);
     int err = zeroes ? node_pwrite(q->node.file, zeroes, q->cluster_size, host, 0) : -ENOMEM;
@@ -144,6 +146,8 @@ static int make_block(struct qcow2 *q, uint64_t entry)
 {
     uint64_t host = entry << q->refblock_bits << q->cluster_bits;
     int err = new_block(q, host, 1);
+    if (!err)
+        err = metadata_add(q, host, 1);
     if (err)
         return err;
     q->reftable[entry] = host;
@@ -196,6 +200,8 @@ static int grow_table(struct qcow2 *q, uint64_t needed)
         if (!err)
             table[first_entry + b] = host;
     }
+    if (!err)
+        err = metadata_add(q, start << q->cluster_bits, total);
     if (err) {
         free(table);
         free(dirty);
@@ -278,6 +284,15 @@ static int find_free(struct qcow2 *q, uint64_t want, uint64_t *first, uint64_t *
     return 0;
 }
 
+/* Clusters that count as free must not hold metadata, the header's included. */
+static int check_free(struct qcow2 *q, uint64_t first, uint64_t count)
+{
+    for (uint64_t cluster = first; cluster < first + count; cluster++)
+        if (metadata_has(q, cluster))
+            return qcow2_damaged(q, NB_FAULT_REFCOUNT, cluster << q->cluster_bits, 0);
+    return 0;
+}
+
 static int take(struct qcow2 *q, uint64_t first, uint64_t count)
 {
     for (uint64_t i = 0; i < count; i++) {
@@ -301,12 +316,12 @@ int refcount_allocate(struct qcow2 *q, uint64_t want, uint64_t *host, uint64_t *
     do {
         err = find_free(q, want, &first, &count);
         if (!err)
+            err = check_free(q, first, count);
+        if (!err)
             err = take(q, first, count);
     } while (err == BLOCK_MADE);
     if (err)
         return err;
-    if (first == 0)
-        return qcow2_damaged(q, NB_FAULT_REFCOUNT, 0, 0);      /* the header's own cluster counted as free */
     uint64_t end = (first + count) << q->cluster_bits;
     *host = first << q->cluster_bits;
     *got = count;
@@ -333,6 +348,7 @@ static int decrease(struct qcow2 *q, uint64_t cluster)
     refcount_write(q, slice, index, count - 1);
     cache_put(slice);
     if (count == 1) {
+        metadata_remove(q, cluster);
         if (cluster < q->free_hint)
             q->free_hint = cluster;
         /* Best effort: space that cannot be given back is still free for the image itself. */

@@ -9,7 +9,8 @@ from typing import Literal
 from tests.support.nbd_client import NO_FLAGS, Flag, NbdClient, State
 
 Kind = Literal["write", "zero", "zero, keep space", "trim", "flush", "read"]
-_SOURCE = random.Random(2024).randbytes(8 << 20)
+_SOURCE = random.Random(2024).randbytes(16 << 20)
+_STARTS = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Operation:
 
     def data(self) -> bytes:
         """What a write writes: other data at every offset and for every seed, so that nothing is mistaken."""
-        start = (self.offset + self.seed * 7919) % (len(_SOURCE) // 2)
+        start = (self.offset + self.seed * 7919) % _STARTS
+        assert start + self.count <= len(_SOURCE)
         return _SOURCE[start : start + self.count]
 
 

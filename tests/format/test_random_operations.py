@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 
 from tests.format.chains import CLUSTER_SIZES, Version, make_chain
 from tests.format.model import Disk
@@ -25,8 +25,12 @@ from tests.support.nbd_client import NbdClient
 from tests.support.qemu_nbd import qemu_nbd
 from tests.support.server import NbdBackend
 
-EXAMPLES = max(3, settings().max_examples // 20)
-"""For each version, cluster size and kind of base: 3 by default, 100 under the profile `nightly`."""
+EXAMPLES = max(4, settings().max_examples // 20)
+"""For each version, cluster size and kind of base: 4 by default, 100 under the profile `nightly`."""
+
+
+PHASES = tuple(phase for phase in Phase if phase is not Phase.shrink or EXAMPLES > 4)
+"""Shrinking takes minutes: only `nightly` has the time."""
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +44,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NbdBackend]:
 @pytest.mark.parametrize("cluster_size", CLUSTER_SIZES)
 @pytest.mark.parametrize("version", [2, 3])
 def test_random_operations(server: NbdBackend, version: Version, cluster_size: int, base: Base) -> None:
-    @settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=EXAMPLES, phases=PHASES, suppress_health_check=list(HealthCheck))
     @given(case=cases(version, cluster_size, base))
     def run(case: Case) -> None:
         with tempfile.TemporaryDirectory() as directory:

@@ -25,7 +25,9 @@ def test_stale_socket_is_replaced(tmp_path: Path) -> None:
 
 def test_socket_of_a_live_server_is_refused_without_disturbing_it(tmp_path: Path) -> None:
     with sockets.listen(f"unix:{tmp_path}/s") as live:
-        with pytest.raises(AddressError, match="another process listens there; stop it or choose another path"):
+        with pytest.raises(
+            AddressError, match="another process listens there; stop it or choose another path"
+        ):
             sockets.listen(f"unix:{tmp_path}/s")
         live.setblocking(False)
         with pytest.raises(BlockingIOError):
@@ -49,7 +51,9 @@ def test_missing_directory_is_named(tmp_path: Path) -> None:
         sockets.listen(f"unix:{tmp_path}/nope/s")
 
 
-@pytest.mark.parametrize("address", ["tcp:host", "tcp:host:port", "tcp:host:70000", "tcp:host:-1", "tcp:host:²"])
+@pytest.mark.parametrize(
+    "address", ["tcp:host", "tcp:host:port", "tcp:host:70000", "tcp:host:-1", "tcp:host:²"]
+)
 def test_malformed_tcp_address_is_refused(address: str) -> None:
     with pytest.raises(AddressError, match="is not tcp:HOST:PORT"):
         sockets.parse_tcp(address)
@@ -89,7 +93,9 @@ def test_uri(address: str, export: str, tls: bool, uri: str) -> None:
     assert sockets.uri(address, export, tls=tls) == uri
 
 
-def test_private_listener_is_reached_by_its_handle_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_private_listener_is_reached_by_its_handle_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     listener, handle = sockets.private_listener()
     try:

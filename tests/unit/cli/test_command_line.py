@@ -50,15 +50,23 @@ def test_serve_starts_light() -> None:
     import subprocess
 
     probe = "import sys, nbd_backend.cli.serve; print(*sorted(sys.modules))"
-    loaded = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout.split()
+    loaded = subprocess.run(
+        [sys.executable, "-c", probe], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert not {"typer", "rich", "asyncio", "msgspec", "qemu.qmp", "ssl"} & set(loaded)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nope"], "nbd-backend: 'nope' is not a command; the commands are chain, demo, events, image, job, qmp, serve"),
-        (["serve", "--frob"], "nbd-backend: serve: unrecognized arguments: --frob (try `nbd-backend serve --help`)"),
+        (
+            ["nope"],
+            "nbd-backend: 'nope' is not a command; the commands are chain, demo, events, image, job, qmp, serve",
+        ),
+        (
+            ["serve", "--frob"],
+            "nbd-backend: serve: unrecognized arguments: --frob (try `nbd-backend serve --help`)",
+        ),
         (
             ["serve", "--nbd", "vsock:1"],
             "nbd-backend: serve: argument --nbd: 'vsock:1' is none of unix:PATH, tcp:HOST:PORT, systemd, none"
@@ -84,7 +92,10 @@ def test_serve_starts_light() -> None:
             "nbd-backend: serve: argument --blockdev: 'driver' is not key=value in 'driver'"
             " (try `nbd-backend serve --help`)",
         ),
-        (["serve", "a=x", "a=y"], "nbd-backend: serve: two images are called 'a': give one of them another NAME="),
+        (
+            ["serve", "a=x", "a=y"],
+            "nbd-backend: serve: two images are called 'a': give one of them another NAME=",
+        ),
         (["chain"], "nbd-backend: chain: give either an IMAGE or --qmp"),
         (["qmp", "--qmp", "/nope", "stop", "word"], "nbd-backend: qmp: 'word' is not key=value"),
         (["job", "start"], "nbd-backend: job start: the following arguments are required: TYPE"),
@@ -116,21 +127,32 @@ def test_missing_server_has_a_status_of_its_own(capsys: pytest.CaptureFixture[st
 
 def test_images_are_named_in_order() -> None:
     images = name_images(["/a", "data=/b", "/c", "./x=y", "/has=sign"])
-    assert [(image["name"], image["path"]) for image in images][:3] == [("sda", "/a"), ("data", "/b"), ("sdc", "/c")]
+    assert [(image["name"], image["path"]) for image in images][:3] == [
+        ("sda", "/a"),
+        ("data", "/b"),
+        ("sdc", "/c"),
+    ]
     assert images[3]["name"] == "sdd"
     assert images[3]["path"].endswith("/x=y")
     assert images[4] == {"name": "sde", "path": "/has=sign"}
 
 
 def test_image_names_go_on_after_z() -> None:
-    assert [image["name"] for image in name_images([f"/{n}" for n in range(28)])][25:] == ["sdz", "sdaa", "sdab"]
+    assert [image["name"] for image in name_images([f"/{n}" for n in range(28)])][25:] == [
+        "sdz",
+        "sdaa",
+        "sdab",
+    ]
 
 
 @pytest.mark.parametrize(
     ("text", "value"),
     [
         ('{"driver": "qcow2", "n": 1}', {"driver": "qcow2", "n": 1}),
-        ("driver=qcow2,file.driver=file,file.filename=/a", {"driver": "qcow2", "file": {"driver": "file", "filename": "/a"}}),
+        (
+            "driver=qcow2,file.driver=file,file.filename=/a",
+            {"driver": "qcow2", "file": {"driver": "file", "filename": "/a"}},
+        ),
         ("read-only=on,size=1048576,name=7", {"read-only": True, "size": 1048576, "name": "7"}),
         ("filename=a,,b=c", {"filename": "a,b=c"}),
         ("cache.direct=true,cache.no-flush=off", {"cache": {"direct": True, "no-flush": False}}),
@@ -180,16 +202,29 @@ def test_qmp_argument_with_broken_json_is_refused() -> None:
         ("backup", {"target": "node"}, ("blockdev-backup", {"target": "node"})),
         ("backup", {"target": "/a/file"}, ("drive-backup", {"target": "/a/file"})),
         ("mirror", {}, ("blockdev-mirror", {})),
-        ("verify", {"job-id": "v", "x": 1}, ("job-create", {"type": "verify", "options": {"x": 1}, "id": "v"})),
+        (
+            "verify",
+            {"job-id": "v", "x": 1},
+            ("job-create", {"type": "verify", "options": {"x": 1}, "id": "v"}),
+        ),
     ],
 )
-def test_job_type_chooses_the_command(job_type: str, values: dict[str, Any], command: tuple[str, Any]) -> None:
+def test_job_type_chooses_the_command(
+    job_type: str, values: dict[str, Any], command: tuple[str, Any]
+) -> None:
     assert job.start_command(job_type, values) == command
 
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "0.977 KiB"), (65536, "64 KiB"), (1310720, "1.25 MiB"), (1 << 40, "1 TiB")],
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "0.977 KiB"),
+        (65536, "64 KiB"),
+        (1310720, "1.25 MiB"),
+        (1 << 40, "1 TiB"),
+    ],
 )
 def test_size_for_people(count: int, text: str) -> None:
     assert _format.size(count) == text
@@ -202,7 +237,14 @@ def test_duration_for_people(seconds: float, text: str) -> None:
 
 def node(name: str, driver: str, file: str, **more: Any) -> dict[str, Any]:
     """A reply's entry as query-named-block-nodes with flat has it."""
-    return {"node-name": name, "drv": driver, "file": file, "ro": False, "image": {"virtual-size": 1 << 20}, **more}
+    return {
+        "node-name": name,
+        "drv": driver,
+        "file": file,
+        "ro": False,
+        "image": {"virtual-size": 1 << 20},
+        **more,
+    }
 
 
 LIVE = [
