@@ -288,7 +288,31 @@ static struct shard *enter(struct export *exp)
     }
 }
 
-static void count(struct shard *shard, enum counter ops, uint64_t bytes, int err)
+/* The errors that NBD can express stay; any other (a remote disk that timed out, damaged metadata) is an I/O error.
+ * nbdkit would make EINVAL of it, which blames the guest's request. */
+static int guest_error(int err)
+{
+    switch (-err) {
+    case 0:
+    case EPERM:
+    case EROFS:
+    case EIO:
+    case ENOMEM:
+    case ENOSPC:
+    case EDQUOT:
+    case EFBIG:
+    case EINVAL:
+    case ESHUTDOWN:
+    case EOPNOTSUPP:
+    case EOVERFLOW:
+        return err;
+    default:
+        return -EIO;
+    }
+}
+
+/* Count the request, leave the gate, and say what the guest is told. */
+static int finish(struct export *exp, struct shard *shard, enum counter ops, uint64_t bytes, int err)
 {
     if (err) {
         ops = FAILED_OPS;
@@ -297,6 +321,8 @@ static void count(struct shard *shard, enum counter ops, uint64_t bytes, int err
     atomic_fetch_add_explicit(&shard->counters[ops], 1, memory_order_relaxed);
     if (bytes)
         atomic_fetch_add_explicit(&shard->counters[ops + 1], bytes, memory_order_relaxed);
+    leave(exp, shard);
+    return guest_error(err);
 }
 
 /* ---- requests ---- */
@@ -327,9 +353,7 @@ int nb_export_pread(struct export *exp, void *buf, uint32_t length, uint64_t off
     int err = check_read(exp, length, offset);
     if (!err && length)
         err = node_pread(exp->root, buf, length, offset);
-    count(shard, READ_OPS, length, err);
-    leave(exp, shard);
-    return err;
+    return finish(exp, shard, READ_OPS, length, err);
 }
 
 int nb_export_pwrite(struct export *exp, const void *buf, uint32_t length, uint64_t offset, uint32_t flags)
@@ -338,9 +362,7 @@ int nb_export_pwrite(struct export *exp, const void *buf, uint32_t length, uint6
     int err = check_write(exp, length, offset);
     if (!err && length)
         err = node_pwrite(exp->root, buf, length, offset, flags);
-    count(shard, WRITE_OPS, length, err);
-    leave(exp, shard);
-    return err;
+    return finish(exp, shard, WRITE_OPS, length, err);
 }
 
 int nb_export_zero(struct export *exp, uint32_t length, uint64_t offset, uint32_t flags)
@@ -349,9 +371,7 @@ int nb_export_zero(struct export *exp, uint32_t length, uint64_t offset, uint32_
     int err = check_write(exp, length, offset);
     if (!err && length)
         err = node_zero(exp->root, length, offset, flags);
-    count(shard, ZERO_OPS, length, err);
-    leave(exp, shard);
-    return err;
+    return finish(exp, shard, ZERO_OPS, length, err);
 }
 
 int nb_export_trim(struct export *exp, uint32_t length, uint64_t offset, uint32_t flags)
@@ -362,9 +382,7 @@ int nb_export_trim(struct export *exp, uint32_t length, uint64_t offset, uint32_
         err = node_discard(exp->root, length, offset);
     if (!err && (flags & NB_REQ_FUA))
         err = node_flush(exp->root);
-    count(shard, TRIM_OPS, length, err);
-    leave(exp, shard);
-    return err;
+    return finish(exp, shard, TRIM_OPS, length, err);
 }
 
 int nb_export_flush(struct export *exp)
@@ -373,9 +391,7 @@ int nb_export_flush(struct export *exp)
     int err = atomic_load_explicit(&exp->killed, memory_order_relaxed) ? -ESHUTDOWN : 0;
     if (!err && exp->writable)
         err = node_flush(exp->root);
-    count(shard, FLUSH_OPS, 0, err);
-    leave(exp, shard);
-    return err;
+    return finish(exp, shard, FLUSH_OPS, 0, err);
 }
 
 /* Read into nothing: what was read stays in the page cache. */
@@ -393,7 +409,7 @@ int nb_export_cache(struct export *exp, uint32_t length, uint64_t offset)
     }
     leave(exp, shard);
     free(buf);
-    return err;
+    return guest_error(err);
 }
 
 int nb_export_extents(struct export *exp, uint32_t length, uint64_t offset, struct nb_extent *extents,
@@ -404,5 +420,5 @@ int nb_export_extents(struct export *exp, uint32_t length, uint64_t offset, stru
     if (!result)
         result = nb_node_block_status(exp->root, NULL, offset, length, extents, capacity);
     leave(exp, shard);
-    return result;
+    return result < 0 ? guest_error(result) : result;
 }

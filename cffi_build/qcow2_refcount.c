@@ -203,6 +203,8 @@ static int grow_table(struct qcow2 *q, uint64_t needed)
     if (!err)
         err = metadata_add(q, start << q->cluster_bits, total);
     if (err) {
+        for (uint64_t c = 0; c < total; c++)
+            metadata_remove(q, start + c);
         free(table);
         free(dirty);
         return err;

@@ -66,6 +66,9 @@ class Listeners:
         self._spares = [_Spare(one["fd"], one["handle"]) for one in spares]
         self._waker = waker
         self._changing = asyncio.Lock()
+        self._names = {_local_name(listener.fd) for listener in self._active} - {None}
+        """What accepted sockets are called: of every listener there ever was, as clients outlive listeners.
+        """
 
     @property
     def addresses(self) -> list[str]:
@@ -89,31 +92,29 @@ class Listeners:
                 os.dup2(listener.fileno(), spare.fd, inheritable=False)
             os.close(spare.handle)
             self._active.append(_Listener(spare.fd, bound, _inode(bound)))
+            self._names.add(_local_name(spare.fd))
             await self._wake(self._waker)
 
     async def stop(self) -> None:
-        """Stop listening everywhere and disconnect every client. AddressError when nothing listens."""
+        """Stop listening everywhere; clients stay until `disconnect`. AddressError when nothing listens."""
         async with self._changing:
             if not self._active:
                 raise sockets.AddressError("NBD server not running")
-            clients = list(self._connections())
             replaced = []
             while self._active:
                 replaced.append(self._replace_with_private(self._active.pop()))
             await asyncio.gather(self._wake(self._waker), *(self._wake(handle) for handle in replaced))
-            for client in clients:
-                _shutdown(client, socket.SHUT_RDWR)
 
-    def disconnect(self, how: int = socket.SHUT_RD) -> int:
-        """Make every NBD client's connection end; returns how many there were.
+    def disconnect(self) -> None:
+        """Make every client's connection end: nbdkit reads the end of the stream, answers what is in
+        flight, closes.
 
-        With SHUT_RD nbdkit reads the end of the stream after what has arrived, answers what is in flight and
-        closes; SHUT_RDWR also frees a thread that waits for a client to take its reply.
+        Only reading is shut down. nbdkit before 1.33.10 aborts when sending fails for two replies at once,
+        so what a client does not take is never cut off.
         """
-        clients = list(self._connections())
-        for client in clients:
-            _shutdown(client, how)
-        return len(clients)
+        for client in list(self._connections()):
+            with client, suppress(OSError):  # it may have gone by itself
+                client.shutdown(socket.SHUT_RD)
 
     def unlink(self) -> None:
         """Remove the unix sockets' files, at the server's end; someone else's file of the same name stays."""
@@ -130,14 +131,13 @@ class Listeners:
 
     def _connections(self) -> Iterator[socket.socket]:
         """A duplicate of every socket that a client of one of the listeners is connected by."""
-        names = {name for listener in self._active if (name := _local_name(listener.fd)) is not None}
         ours: set[int] = set()
         for fd in [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]:
             connection = _connected_socket(fd) if fd not in ours else None
             if connection is None:
                 continue
             ours.add(connection.fileno())  # it may have the number that listing the directory took
-            if _name_of(connection) in names:
+            if _name_of(connection) in self._names:
                 yield connection
             else:
                 connection.close()
@@ -193,11 +193,6 @@ def _name_of(sock: socket.socket) -> object:
     """
     name = sock.getsockname()
     return name[1] if isinstance(name, tuple) else name or None
-
-
-def _shutdown(client: socket.socket, how: int) -> None:
-    with client, suppress(OSError):  # the client may have gone by itself
-        client.shutdown(how)
 
 
 def _inode(address: str) -> tuple[int, int] | None:

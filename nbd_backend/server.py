@@ -58,8 +58,8 @@ from nbd_backend.listeners import Listeners
 
 GRACE_SECONDS = 0.1
 """How long busy clients may take to notice the end by themselves before everybody is disconnected."""
-PATIENCE_SECONDS = 10.0
-"""How long requests in flight may take to be answered before their clients' connections are cut."""
+PATIENCE_SECONDS = 5.0
+"""How long clients may take to fetch their replies before the process ends without them."""
 STOP_SECONDS = 75
 """When the process is killed that has not ended by itself; below systemd's 90 s."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
@@ -86,6 +86,7 @@ class Backend:
         self._exports: Exports | None = None
         self._ready = threading.Event()
         self._failure: str | None = None
+        self._clients_left = False
         self._thread = threading.Thread(target=self._run, name="nbd-backend")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping: asyncio.Event | None = None
@@ -114,7 +115,7 @@ class Backend:
         self._thread.start()
         self._ready.wait()
         if self._failure is not None:
-            _die(self._failure)
+            _end(self._failure)
 
     def finish(self) -> None:
         """Stop what still runs, flush and close. Returns when it is done; ends the process with 1 if it
@@ -125,7 +126,7 @@ class Backend:
         self._loop.call_soon_threadsafe(self._connections_over.set)
         self._thread.join()
         if self._failure is not None:
-            _die(self._failure)
+            _end(self._failure)
 
     # ---- look-ups, on the threads of nbdkit's connections ----
 
@@ -175,12 +176,14 @@ class Backend:
                 self._announce(context)
                 self._ready.set()
                 await self._stopping.wait()
-                await self._end_clients(listeners, context)
+                self._clients_left = not await self._end_clients(listeners, context)
             except _START_ERRORS as error:
                 self._failure = _one_line(error)
             finally:
                 await monitors.close()
                 await self._close(context, listeners)
+        if self._clients_left:
+            _end(self._failure)
 
     async def _open(self, context: Context, monitors: QMPServer) -> None:
         for options in self._config["blockdevs"]:
@@ -202,21 +205,22 @@ class Backend:
             signal.alarm(STOP_SECONDS)  # its default action is to kill
             self._stopping.set()
 
-    async def _end_clients(self, listeners: Listeners, context: Context) -> None:
-        """Let nbdkit end: no new clients, what is in flight is answered, everybody is disconnected."""
+    async def _end_clients(self, listeners: Listeners, context: Context) -> bool:
+        """Let nbdkit end: no new clients, what is in flight is answered, everybody is disconnected.
+
+        False when some client does not take its replies, so that nbdkit would wait for it for ever.
+        """
         assert self._connections_over is not None
         nbdkit.shutdown()
         cancelling = asyncio.create_task(context.jobs.shutdown())  # guest writes may be waiting for a job
-        how = socket.SHUT_RD
         end = asyncio.get_running_loop().time() + PATIENCE_SECONDS
-        while True:
+        while asyncio.get_running_loop().time() < end:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._connections_over.wait(), GRACE_SECONDS)
                 break
-            if asyncio.get_running_loop().time() > end:
-                how = socket.SHUT_RDWR
-            listeners.disconnect(how)
+            listeners.disconnect()
         await cancelling
+        return self._connections_over.is_set()
 
     async def _close(self, context: Context, listeners: Listeners) -> None:
         """Close what there is, whatever happened before; the first failure is kept."""
@@ -315,8 +319,9 @@ def _do_nothing(number: int, frame: object) -> None:
     """A signal's handler; the wake-up descriptor has told the loop already."""
 
 
-def _die(reason: str) -> None:
-    """End the process now: nbdkit would add a traceback to what the user sees."""
-    sys.stderr.write(f"nbd-backend: serve: {reason}\n")
-    sys.stderr.flush()
-    os._exit(1)
+def _end(failure: str | None) -> None:
+    """End the process now, nbdkit or not: with status 1 and one line if there is a failure."""
+    if failure is not None:
+        sys.stderr.write(f"nbd-backend: serve: {failure}\n")
+        sys.stderr.flush()
+    os._exit(0 if failure is None else 1)

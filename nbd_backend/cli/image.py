@@ -142,14 +142,13 @@ async def map_image(node: BlockNode) -> list[Run]:
         for extent in extents:
             _append(runs, _run_of(extent, layers))
         position = extents[-1].offset + extents[-1].length
-    return runs
+    return runs or [Run(0, 0, 0, False, False, False, False, None, node.filename)]
 
 
 def _run_of(extent: Extent, layers: list[BlockNode]) -> Run:
-    # No layer answers: behind the last one nothing is there; a layer that ends early counts as having
-    # zeroes there.
-    nowhere = extent.depth == len(layers)
-    depth = len(layers) - 1 if nowhere else extent.depth
+    # Where no layer answers, the last one that reaches so far is the one that lacks it.
+    nowhere = extent.node_id == 0
+    depth = extent.depth - 1 if nowhere else extent.depth
     return Run(
         start=extent.offset,
         length=extent.length,

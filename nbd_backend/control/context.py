@@ -28,7 +28,10 @@ class ListenerControl(Protocol):
         """Listen on ``unix:PATH`` or ``tcp:HOST:PORT``. Raises AddressError, which names the address."""
 
     async def stop(self) -> None:
-        """Stop listening everywhere and disconnect all clients. Raises AddressError when nothing listens."""
+        """Stop listening everywhere; clients stay. Raises AddressError when nothing listens."""
+
+    def disconnect(self) -> None:
+        """Let the connections of all clients end, once what is in flight has been answered."""
 
 
 @dataclass(slots=True)

@@ -774,7 +774,7 @@ static void the_store_alone_keeps_the_old_disk(void)
         run_guests(guests, &state, &stop);
         for (int i = 0; i < 20; i++) {      /* as a job does: drain when told */
             struct nb_event event;
-            if (!event_within(NB_EVENT_CBW_STORED, token, 50, &event))
+            if (!event_within(NB_EVENT_CBW_STORED, token, 10, &event))
                 break;
             CHECK_OK(nb_copier_slice(copier, UINT64_MAX, 50, true, ++last_token));
             CHECK_INT(wait_event(NB_EVENT_SLICE, last_token).error, 0);
@@ -782,7 +782,7 @@ static void the_store_alone_keeps_the_old_disk(void)
         atomic_store(&stop, true);
         /* Guests may wait for room: drain until all have ended and nothing is stored. */
         struct nb_event event;
-        while (event_within(NB_EVENT_CBW_STORED, token, 20, &event)) {
+        while (event_within(NB_EVENT_CBW_STORED, token, 10, &event)) {
             CHECK_OK(nb_copier_slice(copier, UINT64_MAX, LONG, true, ++last_token));
             CHECK_INT(wait_event(NB_EVENT_SLICE, last_token).error, 0);
         }

@@ -4,6 +4,7 @@
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "events.h"
@@ -260,6 +261,9 @@ static void beyond_the_memory_the_scratch_file_is_used(void)
     drain_one(8 * CLUSTER, 3 * CLUSTER, 0x11);
     drain_one(20 * CLUSTER, CLUSTER, 0x11);
     CHECK_INT(scratch_used(), 0);
+    struct stat st;
+    CHECK_OK(fstat(options.scratch_fd, &st));
+    CHECK_INT(st.st_blocks, 0);      /* what was drained takes no space any more */
     tear_down();
 }
 

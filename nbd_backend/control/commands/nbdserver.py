@@ -84,3 +84,4 @@ async def nbd_server_stop(context: Context, arguments: None) -> None:
     """Stop listening everywhere, disconnect all clients, and remove all exports."""
     await context.nbd.stop()
     await context.exports.close()
+    context.nbd.disconnect()

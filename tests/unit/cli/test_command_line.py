@@ -27,7 +27,7 @@ def output_of(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str
 def test_every_command_is_complete() -> None:
     for name in commands():
         module = import_module(f"nbd_backend.cli.{name}")
-        assert module.__doc__ and module.__doc__.splitlines()[0].endswith((".", "end or Ctrl-C."))
+        assert module.__doc__.splitlines()[0].endswith(".")
         assert callable(module.add_arguments)
         assert callable(module.run)
 
@@ -59,46 +59,17 @@ def test_serve_starts_light() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (
-            ["nope"],
-            "nbd-backend: 'nope' is not a command; the commands are chain, demo, events, image, job, qmp, serve",
-        ),
-        (
-            ["serve", "--frob"],
-            "nbd-backend: serve: unrecognized arguments: --frob (try `nbd-backend serve --help`)",
-        ),
-        (
-            ["serve", "--nbd", "vsock:1"],
-            "nbd-backend: serve: argument --nbd: 'vsock:1' is none of unix:PATH, tcp:HOST:PORT, systemd, none"
-            " (try `nbd-backend serve --help`)",
-        ),
-        (
-            ["serve", "--nbd", "tcp:h:x"],
-            "nbd-backend: serve: argument --nbd: 'tcp:h:x' is not tcp:HOST:PORT with a port of 0 to 65535"
-            " (try `nbd-backend serve --help`)",
-        ),
-        (
-            ["serve", "--threads", "0"],
-            "nbd-backend: serve: argument --threads: '0' is not a number of threads from 1 to 64"
-            " (try `nbd-backend serve --help`)",
-        ),
-        (
-            ["serve", "--l2-cache-size", "much"],
-            "nbd-backend: serve: argument --l2-cache-size: 'much' is not a size: expected a number of bytes or one"
-            " with K, M, G, T, P or E (try `nbd-backend serve --help`)",
-        ),
-        (
-            ["serve", "--blockdev", "driver"],
-            "nbd-backend: serve: argument --blockdev: 'driver' is not key=value in 'driver'"
-            " (try `nbd-backend serve --help`)",
-        ),
-        (
-            ["serve", "a=x", "a=y"],
-            "nbd-backend: serve: two images are called 'a': give one of them another NAME=",
-        ),
-        (["chain"], "nbd-backend: chain: give either an IMAGE or --qmp"),
-        (["qmp", "--qmp", "/nope", "stop", "word"], "nbd-backend: qmp: 'word' is not key=value"),
-        (["job", "start"], "nbd-backend: job start: the following arguments are required: TYPE"),
+        (["nope"], "'nope' is not a command; the commands are chain, demo, events, image, job, qmp, serve"),
+        (["serve", "--frob"], "serve: unrecognized arguments: --frob (try `nbd-backend serve --help`)"),
+        (["serve", "--nbd", "vsock:1"], "serve: argument --nbd: 'vsock:1' is none of unix:PATH, tcp:HOST:PORT, systemd"),
+        (["serve", "--nbd", "tcp:h:x"], "serve: argument --nbd: 'tcp:h:x' is not tcp:HOST:PORT with a port of 0 to"),
+        (["serve", "--threads", "0"], "serve: argument --threads: '0' is not a number of threads from 1 to 64"),
+        (["serve", "--l2-cache-size", "much"], "serve: argument --l2-cache-size: 'much' is not a size: expected"),
+        (["serve", "--blockdev", "driver"], "serve: argument --blockdev: 'driver' is not key=value in 'driver'"),
+        (["serve", "a=x", "a=y"], "serve: two images are called 'a': give one of them another NAME="),
+        (["chain"], "chain: give either an IMAGE or --qmp"),
+        (["qmp", "--qmp", "/nope", "stop", "word"], "qmp: 'word' is not key=value"),
+        (["job", "start"], "job start: the following arguments are required: TYPE"),
     ],
 )
 def test_wrong_command_line_is_told_in_one_line(
@@ -106,7 +77,7 @@ def test_wrong_command_line_is_told_in_one_line(
 ) -> None:
     status, out, err = output_of(capsys, *words)
     assert (status, out) == (2, "")
-    assert err.startswith(message)
+    assert err.startswith(f"nbd-backend: {message}")
     assert err.count("\n") == 1
 
 
