@@ -9,7 +9,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .PHONY: build demo serve test asan tsan nightly lint clean packages test-packages test-venv
 
-BUILD_PACKAGES := nbdkit nbdkit-plugin-python nbdkit-plugin-dev libnbd-dev zlib1g-dev libzstd-dev \
+BUILD_PACKAGES := nbdkit nbdkit-plugin-python nbdkit-plugin-dev libnbd-dev libunwind-dev zlib1g-dev libzstd-dev \
     python3-dev python3-venv gcc libc6-dev
 DEMO_PACKAGES := qemu-utils fio
 TEST_PACKAGES := $(DEMO_PACKAGES) qemu-system-common qemu-system-x86 libnbd-bin python3-libnbd \

@@ -24,6 +24,7 @@ PREREQUISITES = {
     "nbdkit-filter.h": "nbdkit-plugin-dev",
     "libnbd.h": "libnbd-dev",
     "zlib.h": "zlib1g-dev",
+    "libunwind.h": "libunwind-dev",
     "zstd.h": "libzstd-dev",
 }
 

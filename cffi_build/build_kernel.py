@@ -20,7 +20,7 @@ from cffi import FFI
 MODULE = "nbd_backend._kernel"
 BEGIN = "/* cffi: begin */"
 END = "/* cffi: end */"
-LIBRARIES = ["nbd", "z", "zstd", "pthread"]
+LIBRARIES = ["nbd", "z", "zstd", "unwind", "pthread"]
 # Assertions stay on (Debian's Python turns them off): a broken invariant must not reach the image.
 COMPILE_ARGS = ["-std=gnu11", "-O2", "-g", "-UNDEBUG", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wshadow"]
 

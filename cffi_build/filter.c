@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "kernel.h"
+#include "nbdkit_guard.h"
 #include "nbdkit_import.h"
 
 enum { EXTENTS_AT_ONCE = 256 };
@@ -30,6 +31,7 @@ bool nb_filter_loaded(void)
 static void backend_load(void)
 {
     loaded = true;
+    nbdkit_guard_install();
 }
 
 static void *backend_open(nbdkit_next_open *next, nbdkit_context *context, int readonly, const char *name, int is_tls)

@@ -112,6 +112,7 @@ struct nb_qcow2_layout {
     uint64_t size;                /* virtual size, a multiple of 512 */
     uint64_t l1_offset, reftable_offset;
     uint64_t l2_cache_bytes, refcount_cache_bytes;   /* bounds of the two caches */
+    bool names_backing;           /* the header names a backing file, whether it is opened or not */
 };
 
 struct nb_cbw_options {

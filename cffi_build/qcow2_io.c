@@ -103,7 +103,14 @@ struct allocation {
     bool virgin;                  /* never written: read as zeroes */
 };
 
-/* Does [offset, offset+count), which is not data of this layer, read as zeroes? */
+/* Whether bytes of a backing file show where this layer has none: those of the one below, or of one that the header
+ * names and that others, who open the image with it, will see. */
+static bool shows_backing(const struct qcow2 *q)
+{
+    return q->node.backing || q->layout.names_backing;
+}
+
+/* Does [offset, offset+count), which is not data of this layer, read as zeroes, whoever opens the image? */
 static bool reads_as_zeroes(struct qcow2 *q, enum run_kind kind, uint64_t offset, uint64_t count)
 {
     struct nb_extent extent;
@@ -112,7 +119,7 @@ static bool reads_as_zeroes(struct qcow2 *q, enum run_kind kind, uint64_t offset
     if (kind != RUN_ABSENT)
         return false;
     if (!q->node.backing)
-        return true;
+        return !shows_backing(q);
     while (count) {
         if (node_status(q->node.backing, NULL, offset, count, &extent) || !(extent.flags & NB_EXTENT_ZERO))
             return false;
@@ -315,11 +322,11 @@ static uint64_t zero_entry(const struct qcow2 *q, uint64_t old, bool keep)
     uint64_t host = old & FLAG_COMPRESSED ? 0 : old & L2_OFFSET_MASK;
     if (keep && host && (old & FLAG_COPIED))
         return host | FLAG_COPIED | FLAG_ZERO;
-    if (!(old & ~FLAG_COPIED) && !q->node.backing)
+    if (!(old & ~FLAG_COPIED) && !shows_backing(q))
         return 0;
     if (old == FLAG_ZERO)
         return old;
-    return q->node.backing || keep ? FLAG_ZERO : 0;
+    return shows_backing(q) || keep ? FLAG_ZERO : 0;
 }
 
 static int zero_entries(struct qcow2 *q, struct slice *slice, size_t index, uint64_t clusters, bool keep)
@@ -423,7 +430,7 @@ static int qcow2_zero(struct node *node, uint64_t count, uint64_t offset, uint32
     int err = atomic_load(&q->corrupt) ? -EIO : 0;
     if (err)
         return err;
-    if (q->layout.version < 3 && (node->backing || keep))
+    if (q->layout.version < 3 && (shows_backing(q) || keep))
         return -EOPNOTSUPP;      /* version 2 has no zero flag */
     whole_clusters(q, count, offset, &start, &end);
     if (start == end && cluster_start(q, offset) == cluster_start(q, request_end - 1))
@@ -445,7 +452,7 @@ static int qcow2_discard(struct node *node, uint64_t count, uint64_t offset)
     uint64_t start, end;
     if (atomic_load(&q->corrupt))
         return -EIO;
-    if (q->layout.version < 3 && node->backing)
+    if (q->layout.version < 3 && shows_backing(q))
         return 0;      /* freeing the cluster would bring the backing file's bytes back */
     whole_clusters(q, count, offset, &start, &end);
     return zero_clusters(q, end - start, start, false);

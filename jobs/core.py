@@ -57,6 +57,8 @@ class JobCore(JobHooks):
         self.started = False
         self.progress = Progress(lambda: self.clock.now())
         self._task: asyncio.Task[None] | None = None
+        self._set_up_over = asyncio.Event()  # clear while `set_up` is at work
+        self._set_up_over.set()
         self._run_over = asyncio.Event()
         self._concluded = asyncio.Event()
         # result

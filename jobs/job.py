@@ -165,6 +165,16 @@ class Job(JobStops):
         self.id, self._host, self._transaction, self.explicit_id = job_id, host, transaction, explicit
         self._set_status(JobStatus.CREATED)
 
+    async def call_set_up(self) -> None:
+        """Run `set_up`. A cancel meanwhile waits for its end, and is then raised here as `JobError`."""
+        self._set_up_over.clear()
+        try:
+            await call_hook(self.set_up)
+        finally:
+            self._set_up_over.set()
+        if self.force_cancelled:
+            raise JobError(f"Job '{self.name}' was cancelled while it was being set up")
+
     def start(self) -> None:
         """Begin to run: created → running. The job's first stop comes before its first own step."""
         self._set_status(JobStatus.RUNNING)
@@ -180,7 +190,8 @@ class Job(JobStops):
         self._vanish()
 
     async def wait_run_over(self) -> None:
-        """Return when the job's task has ended; at once if it was never started."""
+        """Return when the job's task, or its `set_up`, has ended; at once if it was never started."""
+        await self._set_up_over.wait()
         if self.started:
             await self._run_over.wait()
 

@@ -12,7 +12,6 @@ from jobs.core import JobCore
 from jobs.errors import InvalidJobId, JobError, JobNotFound
 from jobs.job import Job
 from jobs.status import JobStatus
-from jobs.stops import call_hook
 from jobs.transaction import Transaction
 
 __all__ = ["JobManager", "valid_job_id"]
@@ -80,9 +79,10 @@ class JobManager:
         """Create, set up and start a job of its own; one that cannot be set up is discarded."""
         self.create(job, job_id)
         try:
-            await call_hook(job.set_up)
+            await job.call_set_up()
         except BaseException:
-            self.discard(job)
+            if not job.force_cancelled:  # else whoever cancelled it sees it to its end
+                self.discard(job)
             raise
         self.start(job)
         return job

@@ -100,6 +100,13 @@ class JobStops(JobCore):
         await self._nap(seconds)
         await self.pause_point()
 
+    async def wait_for(self, condition: Callable[[], bool]) -> None:
+        """A stop that lasts until ``condition()``; whoever makes it true rings `wakeup`."""
+        await self.pause_point()
+        while not condition():
+            await self._nap(None)
+            await self.pause_point()
+
     async def uninterrupted(self, work: Awaitable[T]) -> T:
         """Await ``work`` to its end even if the job is cancelled meanwhile; then the cancel takes effect."""
         future = asyncio.ensure_future(work)
@@ -124,10 +131,8 @@ class JobStops(JobCore):
 
     async def wait_completion_requested(self) -> Completion:
         """Wait, as a ready job, until the user says how to end."""
-        await self.pause_point()
-        while self.completion is None:
-            await self._nap(None)
-            await self.pause_point()
+        await self.wait_for(lambda: self.completion is not None)
+        assert self.completion is not None
         return self.completion
 
     async def handle_error(self, operation: str, failure: OSError, policy: OnError) -> Verdict:

@@ -6,16 +6,18 @@ Point in time
     local store (memory, then a scratch file), never into the target; the job's slices carry the store to the
     target, ahead of their own copying.
 
-States of the set-up, each undone by `clean` in reverse: claimed (permissions), filter inserted, copier made.
+What is taken is given back by `clean` in reverse order: claims, scratch file, filter, copier.
 
-What is copied (`sync`): full, everything; top, what the top layer has allocated; none, nothing but what guests
-overwrite, until the job is cancelled.
+What is copied (`sync`): full, everything; top, what the top layer has allocated; none, nothing but what
+guests overwrite, until the job is cancelled.
 """
 
 from __future__ import annotations
 
-import asyncio
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
@@ -25,21 +27,30 @@ from jobs.block.copyloop import CopyLoop, ErrorPolicies
 from jobs.errors import JobError
 from jobs.onerror import OnError
 from nbd_backend.block import kernel
+from nbd_backend.block.errors import BlockError
 from nbd_backend.block.graph import Graph
 from nbd_backend.block.kernel import Bitmap, CbwOptions, Copier, CopierOptions, Event, EventKind, ExtentFlag
 from nbd_backend.block.node import BlockNode
-from nbd_backend.block.permissions import READ, Access, Holder, HolderKind, Permission
+from nbd_backend.block.permissions import READ, Access, Holder, HolderKind
 from nbd_backend.block.scratch import open_scratch
+from nbd_backend.block.threads import run_blocking
 
-__all__ = ["BackupJob", "BackupOptions", "BackupTuning", "CbwOnError"]
+__all__ = ["BackupJob", "BackupOptions", "BackupTuning", "CbwOnError", "check_options"]
 
-DEFAULT_CLUSTER = 64 << 10
+log = logging.getLogger(__name__)
+
+MIN_CLUSTER = 64 << 10
+MAX_CLUSTER = 64 << 20
 DEFAULT_MEMORY = 64 << 20
 DEFAULT_WORKERS = 4
-MOST_WORKERS = 64
-CHUNK = 1 << 20
+MAX_WORKERS = 64
+DEFAULT_CHUNK = 1 << 20
+MAX_CHUNK = 16 << 20
+NO_SCRATCH = -1
+_SOURCE, _TARGET = "backup source", "backup target"
 Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 Size = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+ScratchSize = Annotated[int, msgspec.Meta(ge=NO_SCRATCH, le=2**63 - 1)]
 CbwOnError = Literal["break-guest-write", "break-snapshot"]
 OptionsType = type[msgspec.Struct]  # named here because the attribute `type` below hides the builtin
 
@@ -58,8 +69,8 @@ class BackupOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     Ours: ``on-cbw-error`` says what happens when the local store is full: guest writes wait for room (the
     default, as with no policy), or, with ``break-snapshot``, the backup fails. ``cbw-timeout`` is how many
-    seconds a guest write may wait before the backup fails, 0 for ever. ``cbw-memory`` and ``cbw-scratch`` bound
-    the store's two parts in bytes; ``cbw-scratch`` 0 is no bound but the filesystem's, -1 no scratch file.
+    seconds a guest write may wait before the backup fails, 0 for ever. ``cbw-memory`` and ``cbw-scratch``
+    bound the store's two parts in bytes; ``cbw-scratch`` 0 is no bound but the filesystem's, -1 no file.
     """
 
     device: str
@@ -76,7 +87,7 @@ class BackupOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     on_cbw_error: CbwOnError = "break-guest-write"
     cbw_timeout: Size = 0
     cbw_memory: Size = DEFAULT_MEMORY
-    cbw_scratch: Int64 = 0
+    cbw_scratch: ScratchSize = 0
 
 
 class BackupJob(BlockJob):
@@ -90,169 +101,188 @@ class BackupJob(BlockJob):
     ) -> None:
         """Checks everything that can be checked without changing anything; raises JobError or BlockError.
 
-        ``owns_target``: the target node is the job's own, and is removed at the end.
+        ``scratch_dir`` is the directory of the store's file. ``owns_target``: the target node is the job's
+        own from `set_up` on, and is removed at the end.
         """
-        source, target = _find(graph, options.device), _find(graph, options.target)
+        source, target = graph.get(options.device), graph.get(options.target)
+        _check_nodes(source, target)
+        check_options(options, target.name)
+        if source.size != target.size:
+            raise JobError("Source and target image have different sizes")
         super().__init__(
             device=source.name,
             speed=options.speed,
             auto_finalize=options.auto_finalize,
             auto_dismiss=options.auto_dismiss,
         )
-        _check(options, source, target)
         self._graph = graph
         self._options = options
+        self._source, self._target = source, target
+        self._cluster_size = max(MIN_CLUSTER, target.info.cluster_size or 0, options.x_perf.min_cluster_size)
+        _check_store(options, self._cluster_size)
         self._scratch_dir = scratch_dir
         self._owns_target = owns_target
-        self._source, self._target = source, target
-        self._claims: list[Permission] = []
-        self._scratch = -1
+        self._taken = AsyncExitStack()
         self._filter: BlockNode | None = None
         self._copier: Copier | None = None
-        self._unsubscribe: Any = None
         self._broken: JobError | None = None
         self._stored = False
-        self._full = False
+        self._full_at = 0  # bytes in the store when it was last full
 
     @classmethod
     def create(cls, context: Any, options: BackupOptions) -> BackupJob:
-        """For job-create; `set_up` has to follow."""
+        """A backup for job-create, between two nodes."""
         return cls(context.graph, options, context.scratch_dir)
 
     # ---- setting up ----
 
     async def set_up(self) -> None:
-        """Take the point in time. When it raises, nothing has changed."""
+        """Take the point in time. When it raises, nothing has changed; a target that the job owns is gone."""
         try:
-            self._claim()
-            if self._options.cbw_scratch >= 0:
-                self._scratch = open_scratch(self._scratch_dir)
-            todo = Bitmap.new(self._source.size, self._cluster_size())
-            todo.set(0, self._source.size)
-            target_is_zero = await self._target_is_zero()
-            self._filter = await self._insert_filter(todo)
-            self._copier = self._make_copier(self._filter, target_is_zero)
-            self.progress.set_remaining(self._copier.remaining)
-            self._todo = todo
+            self._claim_nodes()
+            self._todo = Bitmap.new(self._source.size, self._cluster_size)
+            self._todo.set(0, self._source.size)
+            self._filter = await self._insert_filter(self._take_scratch())
+            self._taken.push_async_callback(self._remove_filter, self._filter)
         except BaseException:
             await self.clean()
             raise
+        self.progress.set_remaining(self._source.size)
 
-    def _claim(self) -> None:
-        holder = Holder(HolderKind.JOB, self.name, self.type)
-        acquire = self._graph.permissions.acquire
+    def _claim_nodes(self) -> None:
+        if self._owns_target:
+            self._taken.push_async_callback(self._graph.remove, self._target.name)
         sharing = READ | {Access.WRITE, Access.WRITE_UNCHANGED}
-        self._claims.append(acquire(self._source, holder, uses=READ, shares=sharing))
-        self._claims.append(acquire(self._target, holder, uses=frozenset({Access.WRITE}), shares=READ))
+        self._claim(self._source, _SOURCE, uses=READ, shares=sharing)
+        self._claim(self._target, _TARGET, uses=frozenset({Access.WRITE}), shares=READ)
 
-    def _cluster_size(self) -> int:
-        target = self._target.info.cluster_size or DEFAULT_CLUSTER
-        return max(DEFAULT_CLUSTER, target, self._options.x_perf.min_cluster_size)
+    def _claim(
+        self, node: BlockNode, role: str, *, uses: frozenset[Access], shares: frozenset[Access]
+    ) -> None:
+        """Claim a node, and be held still while what lies below it changes."""
+        permissions = self._graph.permissions
+        for holder in permissions.holders(node):
+            # A job's writes do not pass the filter of another, which could not keep the old data.
+            if holder.kind is HolderKind.JOB and holder.detail != role:
+                raise JobError(f"Node '{node.name}' is busy: it is in use by {holder}: {holder.way_out}")
+        claim = permissions.acquire(node, Holder(HolderKind.JOB, self.name, role), uses=uses, shares=shares)
+        self._taken.callback(claim.release)
+        self._taken.callback(self._graph.use_in_background(node, self.quiesced))
 
-    async def _target_is_zero(self) -> bool:
-        """Whether nothing needs to be written where the source reads as zeroes."""
+    def _take_scratch(self) -> int:
+        if self._options.cbw_scratch == NO_SCRATCH:
+            return -1
+        descriptor = open_scratch(self._scratch_dir)
+        self._taken.callback(os.close, descriptor)
+        return descriptor
 
-        def look() -> bool:
-            size = self._target.size
-            extents = self._target.handle.block_status(0, size, capacity=1) if size else []
-            return bool(extents and extents[0].length == size and extents[0].flags & ExtentFlag.ZERO)
-
-        return await asyncio.to_thread(look)
-
-    async def _insert_filter(self, todo: Bitmap) -> BlockNode:
-        token = self._graph.ring.new_token()
-        self._unsubscribe = self._graph.ring.subscribe(token, self._on_store_event)
+    async def _insert_filter(self, scratch: int) -> BlockNode:
         options = CbwOptions(
-            cluster_size=todo.granularity,
+            cluster_size=self._cluster_size,
             on_full=int(self._options.on_cbw_error == "break-snapshot"),
             memory_limit=self._options.cbw_memory,
             scratch_limit=max(0, self._options.cbw_scratch),
-            scratch_fd=self._scratch,
+            scratch_fd=scratch,
             wait_ms=min(self._options.cbw_timeout * 1000, 2**32 - 1),
-            token=token,
+            token=self._graph.ring.new_token(),
         )
+        self._taken.callback(self._graph.ring.subscribe(options.token, self._on_store_event))
         return await self._graph.insert_filter(
             self._source,
-            lambda below: kernel.cbw_open(below, todo, options),
+            lambda below: kernel.cbw_open(below, self._todo, options),
             self._options.filter_node_name,
         )
 
-    def _make_copier(self, cbw: BlockNode, target_is_zero: bool) -> Copier:
-        tuning = self._options.x_perf
-        chunk = max(CHUNK, self._cluster_size())
-        if tuning.max_chunk:
-            chunk = max(self._cluster_size(), tuning.max_chunk // self._cluster_size() * self._cluster_size())
-        options = CopierOptions(
-            max_workers=min(tuning.max_workers, MOST_WORKERS),
-            chunk=chunk,
-            target_is_zero=target_is_zero,
-            detect_zeroes=False,
-            background=True,
-        )
-        return Copier.new(cbw.handle, self._target.handle, None, cbw.handle, options)
+    async def _remove_filter(self, node: BlockNode) -> None:
+        self._filter = None
+        kernel.cbw_release(node.handle)  # guests that wait for room go on, else they could not be drained
+        await self._graph.remove_filter(node)
 
     # ---- running ----
 
     async def run(self) -> None:
-        assert self._copier is not None, "a backup was started without set_up"
-        policies = ErrorPolicies(self._options.on_source_error, self._options.on_target_error)
-        loop = CopyLoop(self, self._graph.ring, self._copier, policies, self._raise_if_broken)
-        if self._options.sync == "none":
-            await self._serve_store(loop)
-        if self._options.sync == "top":
-            await self._leave_out_backing()
-        await loop.copy_all()
-        # Whoever opens the file after the job's end finds a complete image there.
-        await self.uninterrupted(
-            self._graph.ring.run(self._target.handle.start_write_back, "Could not write back the target")
-        )
+        """Copy all that `sync` asks for; with sync=none until the job is cancelled."""
+        assert self._filter is not None, "a backup was started without set_up"
+        with _job_errors():
+            copier = self._open_copier(self._filter.handle, zero=await run_blocking(self._target_is_zero))
+            policies = ErrorPolicies(self._options.on_source_error, self._options.on_target_error)
+            loop = CopyLoop(self, self._graph.ring, copier, policies, self._raise_if_broken)
+            if self._options.sync == "none":
+                await self._carry_store(loop)
+            if self._options.sync == "top":
+                await self._leave_out_backing()
+                self.progress.set_remaining(copier.remaining)
+            await loop.copy_all()
+            # Whoever opens the file after the job's end finds a complete image there.
+            write_back = self._target.handle.start_write_back
+            await self.uninterrupted(
+                self._graph.ring.run(write_back, f"Could not write back the target '{self._target.name}'")
+            )
 
-    async def _serve_store(self, loop: CopyLoop) -> None:
+    def _target_is_zero(self) -> bool:
+        """Whether nothing needs to be written where the source reads as zeroes. Blocks."""
+        if self._target.info.backing_filename is not None:
+            return False  # opened without it, perhaps; but others will see it where nothing is written
+        size = self._target.size
+        extents = self._target.handle.block_status(0, size, capacity=1) if size else []
+        return bool(extents and extents[0].length == size and extents[0].flags & ExtentFlag.ZERO)
+
+    def _open_copier(self, cbw: kernel.Node, *, zero: bool) -> Copier:
+        tuning = self._options.x_perf
+        chunk = min(tuning.max_chunk, MAX_CHUNK) if tuning.max_chunk else DEFAULT_CHUNK
+        options = CopierOptions(
+            max_workers=min(tuning.max_workers, MAX_WORKERS),
+            chunk=max(self._cluster_size, chunk // self._cluster_size * self._cluster_size),
+            target_is_zero=zero,
+            detect_zeroes=False,
+            background=True,
+        )
+        self._copier = Copier.new(cbw, self._target.handle, None, cbw, options)
+        self._taken.callback(self._close_copier, self._copier)
+        return self._copier
+
+    def _close_copier(self, copier: Copier) -> None:
+        self._copier = None
+        copier.close()
+
+    async def _carry_store(self, loop: CopyLoop) -> None:
         """Carry the store to the target whenever there is something in it; ends by cancel only."""
         while True:
-            self._raise_if_broken()
-            if self._stored:
-                self._stored = False
-                await loop.slice(store_only=True)
-            else:
-                await self.nap()
+            await self.wait_for(lambda: self._stored or self._broken is not None)
+            self._stored = False
+            await loop.slice(store_only=True)
 
     async def _leave_out_backing(self) -> None:
         """Take out of the work what the source's own layer has not allocated.
 
         It is done after the point in time: what a guest allocates meanwhile is copied needlessly, no more.
         """
-        backing = self._source.backing
         wanted = Bitmap.new(self._todo.size, self._todo.granularity)
-        start = wanted.start_set_allocated
+        backing = self._source.backing
         below = backing.handle if backing is not None else None
-        await self.uninterrupted(
-            self._graph.ring.run(
-                lambda token: start(self._source.handle, below, False, token), "Could not read the allocation"
-            )
+        read = self._graph.ring.run(
+            lambda token: wanted.start_set_allocated(self._source.handle, below, False, token),
+            f"Could not read the allocation of '{self._source.name}'",
         )
+        await self.uninterrupted(read)
         offset = 0
         while offset < wanted.size:
-            area = wanted.next_dirty(offset, wanted.size)
-            end = area[0] if area else wanted.size
-            self._todo.clear(offset, end - offset)
-            offset = end + (area[1] if area else 0)
+            start, length = wanted.next_dirty(offset, wanted.size) or (wanted.size, 0)
+            self._todo.clear(offset, start - offset)
+            offset = start + length
             await self.pause_point()
-        if self._copier is not None:
-            self.progress.set_remaining(self._copier.remaining)
 
     def _on_store_event(self, event: Event) -> None:
         if event.kind is EventKind.CBW_STORED:
-            self._stored, self._full = True, False
+            self._stored = True
         elif event.kind is EventKind.CBW_FULL:
-            self._full = True
+            self._full_at = event.a
         elif event.kind is EventKind.CBW_BROKEN:
             self._broken = JobError(
                 f"The state of '{self._source.name}' at the start of the backup could not be kept:"
                 f" {os.strerror(event.error)}"
             )
-            if self._copier is not None:
-                self._copier.stop()
+            self._hurry()
         self.wakeup.ring()
 
     def _raise_if_broken(self) -> None:
@@ -260,14 +290,27 @@ class BackupJob(BlockJob):
             raise self._broken
 
     def on_cancel(self, force: bool) -> None:
+        """End the slice in flight early."""
+        self._hurry()
+
+    def _hurry(self) -> None:
         if self._copier is not None:
             self._copier.stop()
 
     @property
     def stall(self) -> str | None:
-        return super().stall or ("the local store is full: guest writes wait" if self._full else None)
+        """As for all jobs; also that guests wait for this one."""
+        return super().stall or ("the local store is full: guest writes wait" if self._is_full() else None)
+
+    def _is_full(self) -> bool:
+        """Whether the store is as full as the kernel has told; it tells again once half of it was free."""
+        if self._filter is None or not self._full_at:
+            return False
+        usage = kernel.cbw_usage(self._filter.handle)
+        return usage.memory + usage.scratch > self._full_at // 2
 
     def extra_info(self) -> dict[str, Any]:
+        """The local store: bytes in its two parts, and guest writes that waited."""
         if self._filter is None:
             return {}
         usage = kernel.cbw_usage(self._filter.handle)
@@ -276,53 +319,65 @@ class BackupJob(BlockJob):
     # ---- the end ----
 
     def commit(self) -> None:
-        # Not awaited: a job is over when the data is copied. If it fails, the node's next flush says so again.
-        self._graph.ring.event(self._target.handle.start_flush)
+        """Begin to make the target durable.
+
+        Not awaited: a job is over when the data is copied. `clean` flushes a target that the job owns.
+        """
+        if not self._owns_target:
+            self._graph.ring.event(self._target.handle.start_flush).add_done_callback(self._flushed)
+
+    def _flushed(self, ended: Any) -> None:
+        if not ended.cancelled() and (error := ended.result().error):
+            log.error(
+                "backup '%s' is complete, but its target '%s' could not be flushed: %s",
+                self.name, self._target.name, os.strerror(error),
+            )  # fmt: skip
 
     async def clean(self) -> None:
-        """Undo `set_up`, as far as it went. A second call does nothing."""
-        if self._copier is not None:
-            self._copier.close()
-            self._copier = None
-        if self._filter is not None:
-            filter_node, self._filter = self._filter, None
-            kernel.cbw_release(filter_node.handle)
-            await self._graph.remove_filter(filter_node)
-        if self._unsubscribe is not None:
-            self._unsubscribe()
-            self._unsubscribe = None
-        if self._scratch >= 0:
-            os.close(self._scratch)
-            self._scratch = -1
-        while self._claims:
-            self._claims.pop().release()
-        if self._owns_target:
-            self._owns_target = False
-            await self._graph.remove(self._target.name)
+        """Give back what was taken, the last first, as far as `set_up` went. A second call does nothing."""
+        with _job_errors():
+            await self._taken.aclose()
 
 
-def _find(graph: Graph, name: str) -> BlockNode:
-    node = graph.find(name)
-    if node is None:
-        raise JobError(f"Cannot find device='{name}' nor node-name='{name}'")
-    return node
+@contextmanager
+def _job_errors() -> Iterator[None]:
+    """What the block layer refuses or fails at is the job's failure, not a defect in it."""
+    try:
+        yield
+    except BlockError as error:
+        raise JobError(str(error)) from error
 
 
-def _check(options: BackupOptions, source: BlockNode, target: BlockNode) -> None:
+def check_options(options: BackupOptions, target: str) -> None:
+    """Refuse options that no pair of nodes could make right; ``target`` is what messages name."""
     tuning = options.x_perf
-    if source is target:
-        raise JobError("Source and target cannot be the same")
-    if source.size != target.size:
-        raise JobError("Source and target image have different sizes")
+    if options.compress:
+        raise JobError(f"Compression is not supported for this drive {target}")
     if not 1 <= tuning.max_workers <= 2**31 - 1:
         raise JobError("max-workers must be between 1 and 2147483647")
     if tuning.max_chunk < 0:
         raise JobError("max-chunk must be zero (which means no limit) or positive")
     if tuning.min_cluster_size & (tuning.min_cluster_size - 1):
         raise JobError("min-cluster-size needs to be a power of 2")
-    if options.compress:
-        raise JobError(f"Compression is not supported for this drive {target.name}")
-    if source.is_filter:
+    if tuning.min_cluster_size > MAX_CLUSTER:
+        raise JobError(f"min-cluster-size too large: {tuning.min_cluster_size} > {MAX_CLUSTER}")
+
+
+def _check_nodes(source: BlockNode, target: BlockNode) -> None:
+    if source is target:
+        raise JobError("Source and target cannot be the same")
+    for node in (source, target):
+        if node.file is not None and node.file.filter_above is node:
+            raise JobError(
+                f"Node '{node.name}' is busy: it is a job's filter above '{node.file.name}': name that one"
+            )
+
+
+def _check_store(options: BackupOptions, cluster: int) -> None:
+    """A store without room for one cluster would break the backup at the guest's first write."""
+    scratch = options.cbw_scratch
+    if options.cbw_memory < cluster and scratch != 0 and scratch < cluster:
         raise JobError(
-            f"Node '{source.name}' is a job's filter and cannot be backed up itself: name the node below it"
+            f"The local store cannot hold one cluster of {cluster} bytes: cbw-memory is {options.cbw_memory},"
+            f" cbw-scratch is {scratch}; raise one of them"
         )

@@ -12,7 +12,7 @@ import asyncio
 import itertools
 import re
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,16 @@ class Root:
         self.node = node
 
 
+class BackgroundUse:
+    """Requests to a node that no export sees: those of a job. `quiesced()`: none is in flight inside."""
+
+    __slots__ = ("node", "quiesced")
+
+    def __init__(self, node: BlockNode, quiesced: Callable[[], AbstractAsyncContextManager[None]]) -> None:
+        self.node = node
+        self.quiesced = quiesced
+
+
 class Graph:
     """All nodes of this server."""
 
@@ -54,6 +64,7 @@ class Graph:
         self._reserved: set[str] = set()
         self._closing: list[BlockNode] = []  # out of the graph, but their files are still open
         self._roots: list[Root] = []
+        self._background: list[BackgroundUse] = []
         self._ids = itertools.count(1)
         self._auto_names = itertools.count(100)
 
@@ -252,20 +263,45 @@ class Graph:
 
     def exports_above(self, nodes: Iterable[BlockNode]) -> list[kernel.Export]:
         """The exports whose guests' requests can reach one of `nodes`."""
-        above: set[str] = set()
-        pending = list(nodes)
-        while pending:
-            node = pending.pop()
-            if node.name not in above:
-                above.add(node.name)
-                pending += node.parents
+        above = _with_parents(nodes)
         return [root.export for root in self._roots if root.node.entry.name in above]
+
+    def use_in_background(
+        self, node: BlockNode, quiesced: Callable[[], AbstractAsyncContextManager[None]]
+    ) -> Callable[[], None]:
+        """Say that a job reads or writes `node`, until the function returned is called. `drained` enters
+        `quiesced()` while something below `node` is changed.
+        """
+        use = BackgroundUse(node, quiesced)
+        self._background.append(use)
+        return lambda: self._background.remove(use)
+
+    def _background_above(self, nodes: Iterable[BlockNode]) -> list[BackgroundUse]:
+        """The jobs whose requests go through a parent of one of `nodes`; a job holds its own nodes itself."""
+        above = _with_parents(parent for node in nodes for parent in node.parents)
+        return [use for use in self._background if use.node.name in above]
 
     @asynccontextmanager
     async def drained(self, *nodes: BlockNode) -> AsyncIterator[None]:
-        """No guest request is in flight in or above `nodes` while the body runs. Nests; keep it short."""
-        async with Drain(self.ring, lambda: self.exports_above(nodes)):
+        """No guest request is in flight in or above `nodes` while the body runs, and no job's above them.
+        Nests; keep it short.
+
+        Jobs are waited for first: they may take long, and guests must not wait for them.
+        """
+        still: set[BackgroundUse] = set()
+        async with AsyncExitStack() as stack:
+            await self._quiesce(nodes, still, stack)
+            await stack.enter_async_context(Drain(self.ring, lambda: self.exports_above(nodes)))
+            await self._quiesce(nodes, still, stack)  # who came while the gates closed
             yield
+
+    async def _quiesce(
+        self, nodes: Iterable[BlockNode], still: set[BackgroundUse], stack: AsyncExitStack
+    ) -> None:
+        """Hold every job above `nodes` that is not among `still`, until `stack` is left."""
+        while missing := [use for use in self._background_above(nodes) if use not in still]:
+            still.add(missing[0])
+            await stack.enter_async_context(missing[0].quiesced())
 
     # ---- filters ----
 
@@ -352,3 +388,15 @@ class Graph:
             parent.children["backing"] = new
             old.parents.remove(parent)
             new.parents.append(parent)
+
+
+def _with_parents(nodes: Iterable[BlockNode]) -> set[str]:
+    """The names of `nodes` and of everything above them."""
+    above: set[str] = set()
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node.name not in above:
+            above.add(node.name)
+            pending += node.parents
+    return above

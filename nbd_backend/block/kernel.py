@@ -143,6 +143,7 @@ class Qcow2Layout:
     reftable_offset: int
     l2_cache_bytes: int
     refcount_cache_bytes: int
+    names_backing: bool
 
 
 @dataclass(frozen=True, slots=True)

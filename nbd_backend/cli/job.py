@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -241,7 +242,10 @@ class _Watch:
         self._tasks: dict[str, TaskID] = {}
 
     async def follow(self, events: AsyncIterator[dict[str, Any]]) -> int:
-        """Show progress; the exit status."""
+        """Show progress, and at the end how each job fared; the exit status."""
+        watched = sorted(self._left)
+        if not sys.stdout.isatty():  # where bars are not drawn
+            print(f"watching {', '.join(watched)}", flush=True)
         with _progress() as progress:
             reader = asyncio.create_task(self._read(events))
             try:
@@ -253,8 +257,8 @@ class _Watch:
             if self._left:
                 raise CliError("the server has ended")
             self._complete(progress)
-        for name, reason in self._failed.items():
-            print(f"job {name}: {reason}")
+        for name in watched:
+            print(f"job {name}: {self._failed.get(name, 'done')}")
         return FAILED if self._failed else 0
 
     async def _read(self, events: AsyncIterator[dict[str, Any]]) -> None:

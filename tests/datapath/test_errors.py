@@ -12,6 +12,7 @@ import pytest
 from tests.datapath.conftest import MIB, Serve
 from tests.support import images
 from tests.support.nbd_client import Command, Flag, NbdClient, NbdError
+from tests.support.server import ServerError
 
 
 def refused(request: Callable[[], object]) -> str:
@@ -102,7 +103,7 @@ def test_one_failed_request_of_many_fails_alone(serve: Serve, tmp_path: Path) ->
         assert failed == [(40, "EIO")]
 
 
-def test_a_vanished_remote_disk_is_an_io_error(serve: Serve, tmp_path: Path) -> None:
+def test_a_vanished_remote_disk_is_an_io_error_and_no_clean_end(serve: Serve, tmp_path: Path) -> None:
     socket = tmp_path / "remote.sock"
     with subprocess.Popen(["nbdkit", "-U", socket, "-P", tmp_path / "pid", "-f", "memory", "1M"]) as remote:
         try:
@@ -111,13 +112,19 @@ def test_a_vanished_remote_disk_is_an_io_error(serve: Serve, tmp_path: Path) -> 
             node = {"driver": "nbd", "node-name": "sda", "server": {"type": "unix", "path": str(socket)}}
             export = {"type": "nbd", "id": "sda", "node-name": "sda", "name": "sda", "writable": True}
             options = ["--blockdev", json.dumps(node), "--export", json.dumps(export)]
-            with serve(options=options) as server, NbdClient(server.nbd_path) as client:
-                client.write(1000, b"over there", flags=Flag.FUA)
-                assert client.read(1000, 10) == b"over there"
-                assert len(client.map()) == 2
-                remote.kill()
-                remote.wait()
-                assert refused(lambda: client.read(0, 512)) == "EIO"
-                assert refused(lambda: client.write(0, b"x")) == "EIO"
+            with pytest.raises(ServerError, match=r"(?s)exited with 1.*Could not flush node 'sda'"):
+                lose_remote_disk(serve, options, remote)
         finally:
             remote.kill()
+
+
+def lose_remote_disk(serve: Serve, options: Sequence[str], remote: subprocess.Popen[bytes]) -> None:
+    """Use a disk whose server is killed meanwhile."""
+    with serve(options=options) as server, NbdClient(server.nbd_path) as client:
+        client.write(1000, b"over there", flags=Flag.FUA)
+        assert client.read(1000, 10) == b"over there"
+        assert len(client.map()) == 2
+        remote.kill()
+        remote.wait()
+        assert refused(lambda: client.read(0, 512)) == "EIO"
+        assert refused(lambda: client.write(0, b"x")) == "EIO"

@@ -77,10 +77,10 @@ def test_clients_in_parallel_read_what_they_wrote(serve: Serve, disk: Path) -> N
 
 def test_a_client_that_dies_leaves_the_others_alone(serve: Serve, disk: Path) -> None:
     with serve(disk) as server, NbdClient(server.nbd_path) as survivor:
-        for _ in range(5):
+        for _ in range(20):
             dying = NbdClient(server.nbd_path)
-            for number in range(16):
-                dying.submit(Command.READ, number * 4096, 256 * 1024)
+            # One request: nbdkit before 1.33.10 aborts when it finds two replies that it cannot send.
+            dying.submit(Command.READ, 0, 4 * MIB)
             dying.abandon()
         survivor.write(0, b"alive")
         assert survivor.read(0, 5) == b"alive"

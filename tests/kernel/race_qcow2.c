@@ -266,7 +266,7 @@ static void race_on(uint32_t cluster_bits, uint64_t clusters, bool backed)
     race->cluster_sectors = (UINT64_C(1) << cluster_bits) / SECTOR;
     race->sectors = clusters * race->cluster_sectors;
     race->backed = backed;
-    race->rounds = is_nightly() ? 50000 : ROUNDS;
+    race->rounds = is_nightly() ? 20000 : ROUNDS;
     CHECK(race->sectors <= MOST_SECTORS);
     race->image = image_make(UINT64_C(4) << 30, 3, cluster_bits, race->sectors * SECTOR);
     /* Without punching holes freed clusters keep their bytes: what reuses them must not show these. */

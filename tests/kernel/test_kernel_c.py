@@ -31,7 +31,7 @@ COMPILE = ["gcc", "-std=gnu11", "-g", "-O1", "-pthread", "-Wall", "-Wextra", "-W
 if SANITIZE:
     COMPILE += [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
 INCLUDE = [f"-I{KERNEL}", f"-I{HERE}"]
-LIBRARIES = ["-lnbd", "-lz", "-lzstd", "-lpthread"]
+LIBRARIES = ["-lnbd", "-lz", "-lzstd", "-lunwind", "-lpthread"]
 RUN_LIMIT = 240
 """Seconds that one test program may take."""
 

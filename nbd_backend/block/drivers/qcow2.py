@@ -94,6 +94,7 @@ def layout_of(header: Header, l2_cache: int | None, refcount_cache: int | None) 
         reftable_offset=header.reftable_offset,
         l2_cache_bytes=min(l2_cache or DEFAULT_L2_CACHE, max(all_l2, 64 * KIB)),
         refcount_cache_bytes=max(refcount_cache or DEFAULT_REFCOUNT_CACHE, 4 * header.cluster_size),
+        names_backing=header.backing_file is not None,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from msgspec import UNSET, UnsetType
 
-from jobs.block.backup import BackupJob, BackupOptions
+from jobs.block.backup import BackupJob, BackupOptions, check_options
 from nbd_backend.block.chain import image_options
 from nbd_backend.block.node import BlockNode
 from nbd_backend.block.qcow2.create import Backing, create_qcow2, create_raw
@@ -45,13 +45,16 @@ def _job_id(arguments: BlockdevBackup | DriveBackup) -> str | None:
 
 @command("blockdev-backup", arguments=BlockdevBackup, since="2.3")
 async def blockdev_backup(context: Context, arguments: BlockdevBackup) -> None:
+    """Copy a node, as it is now, to another of the same size, while guests go on writing."""
     job = BackupJob(context.graph, _options(arguments), context.scratch_dir)
     await context.jobs.launch(job, _job_id(arguments))
 
 
 @command("drive-backup", arguments=DriveBackup, since="1.6", features=("deprecated",))
 async def drive_backup(context: Context, arguments: DriveBackup) -> None:
+    """Copy a node, as it is now, to an image file, while guests go on writing."""
     source = context.graph.get(arguments.device)
+    check_options(arguments, arguments.target)  # before a file that may exist is replaced
     created = None
     if arguments.mode == "absolute-paths":
         created = await _create(context, arguments, source)

@@ -67,31 +67,37 @@ def _find(context: Context, name: str) -> BlockJob:
 
 @command("query-block-jobs", returns=list[BlockJobInfo], since="1.1")
 async def query_block_jobs(context: Context, arguments: None) -> object:
+    """Every block job, newest first."""
     return context.block_jobs.query()
 
 
 @command("block-job-pause", arguments=BlockJobReference, since="1.3")
 async def block_job_pause(context: Context, arguments: BlockJobReference) -> None:
+    """As job-pause."""
     _find(context, arguments.device).user_pause()
 
 
 @command("block-job-resume", arguments=BlockJobReference, since="1.3")
 async def block_job_resume(context: Context, arguments: BlockJobReference) -> None:
+    """As job-resume."""
     _find(context, arguments.device).user_resume()
 
 
 @command("block-job-complete", arguments=BlockJobReference, since="1.3")
 async def block_job_complete(context: Context, arguments: BlockJobReference) -> None:
+    """As job-complete."""
     await _find(context, arguments.device).user_complete()
 
 
 @command("block-job-cancel", arguments=BlockJobCancel, since="1.1")
 async def block_job_cancel(context: Context, arguments: BlockJobCancel) -> None:
+    """As job-cancel, but soft: a job paused by the user is refused without ``force``."""
     await cancel_block_job(_find(context, arguments.device), force=arguments.force)
 
 
 @command("block-job-set-speed", arguments=BlockJobSetSpeed, since="1.1")
 async def block_job_set_speed(context: Context, arguments: BlockJobSetSpeed) -> None:
+    """Bound the background work of a job from now on."""
     job = _find(context, arguments.device)
     if arguments.speed < 0:
         raise GenericError("Parameter 'speed' expects a non-negative value")
@@ -100,9 +106,11 @@ async def block_job_set_speed(context: Context, arguments: BlockJobSetSpeed) -> 
 
 @command("block-job-finalize", arguments=JobReference, since="2.12")
 async def block_job_finalize(context: Context, arguments: JobReference) -> None:
+    """As job-finalize."""
     await _find(context, arguments.id).user_finalize()
 
 
 @command("block-job-dismiss", arguments=JobReference, since="2.12")
 async def block_job_dismiss(context: Context, arguments: JobReference) -> None:
+    """As job-dismiss."""
     _find(context, arguments.id).user_dismiss()
