@@ -243,7 +243,8 @@ static void remember_run(struct data_run *run, uint64_t start, uint64_t end, uin
     pthread_mutex_unlock(&run->lock);
 }
 
-/* fallocate (direct: apart from read-modify-writes of the same blocks), remembering in *missing that the filesystem has no such mode. */
+/* fallocate, remembering in *missing that the filesystem has no such mode.  With direct I/O apart from
+ * read-modify-writes of the same blocks, which would write the old bytes back. */
 static int allocate(struct file *file, int mode, uint64_t count, uint64_t offset, atomic_bool *missing)
 {
     struct range_hold hold;

@@ -367,10 +367,8 @@ def _check_nodes(source: BlockNode, target: BlockNode) -> None:
     if source is target:
         raise JobError("Source and target cannot be the same")
     for node in (source, target):
-        if node.file is not None and node.file.filter_above is node:
-            raise JobError(
-                f"Node '{node.name}' is busy: it is a job's filter above '{node.file.name}': name that one"
-            )
+        if node.in_place:
+            raise JobError(f"Node '{node.name}' is busy: it is a job's filter: name the node below it")
 
 
 def _check_store(options: BackupOptions, cluster: int) -> None:

@@ -167,7 +167,7 @@ class Graph:
 
     def _needed(self, node: BlockNode) -> bool:
         used = bool(self.permissions.holders(node)) and not node.retired
-        return node.owned or bool(node.parents) or used
+        return node.owned or bool(node.parents) or used or node.in_place
 
     async def _close_all(self, nodes: list[BlockNode]) -> None:
         for node in nodes:
@@ -333,9 +333,9 @@ class Graph:
         released whatever it did to requests.
         """
         node.retired = True
-        top = node.entry
         gone: list[BlockNode] = []
         async with self.drained(node):
+            top = node.entry  # not sooner: another filter may come while the guests are drained
             while top.retired:
                 below = top.children["file"]
                 self._repoint(top, below)

@@ -73,6 +73,11 @@ class BlockNode:
         return self.children.get("backing")
 
     @property
+    def in_place(self) -> bool:
+        """Whether it is a filter that a job has put above a node, and requests go through it."""
+        return self.file is not None and self.file.filter_above is self
+
+    @property
     def entry(self) -> BlockNode:
         """Where its users' requests enter: the topmost filter that a job put above it, or itself."""
         node = self

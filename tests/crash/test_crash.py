@@ -24,4 +24,5 @@ def test_no_crash_and_no_error_damages_an_image(tmp_path: Path) -> None:
         capture_output=True, text=True, timeout=RUN_LIMIT, check=False,
     )  # fmt: skip
     if done.returncode:
-        pytest.fail(f"{PROGRAM.name} ended with {done.returncode}:\n{done.stdout}{done.stderr}", pytrace=False)
+        said = done.stdout + done.stderr
+        pytest.fail(f"{PROGRAM.name} ended with {done.returncode}:\n{said}", pytrace=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tests.support.stamps import CLUSTER, Moment, StampingGuest
 KiB, MiB = 1 << 10, 1 << 20
 SIZE = 4 * MiB + 20 * KiB  # the last cluster is not whole
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
-STARTS = 1500 if NIGHTLY else 60  # of each test
+STARTS = 1500 if NIGHTLY else 40  # of each test
 
 FAST: dict[str, Any] = {}
 PIECEMEAL = {"x-perf": {"max-chunk": CLUSTER, "max-workers": 2}}
@@ -42,7 +43,7 @@ def source_image(kind: str, directory: Path) -> tuple[Path, list[str]]:
 def add_target(qmp: QmpClient, path: Path, *, delay_us: int = 0) -> None:
     """A raw file as node "target"; each write to it takes so long."""
     images.create(path, SIZE, fmt="raw")
-    file = {"driver": "file", "filename": str(path)}
+    file: dict[str, Any] = {"driver": "file", "filename": str(path)}
     if delay_us:
         rule = {"operations": ["write"], "delay-ns": delay_us * 1000}
         file = {"driver": "error-inject", "file": file, "rules": [rule]}
@@ -79,25 +80,19 @@ def test_the_target_is_the_disk_at_the_start(tmp_path: Path, source: str, delay_
         images.check(image)
 
 
-def cancel_if_there(qmp: QmpClient) -> None:
-    """Cancel job "j" unless it has ended by itself."""
-    try:
-        qmp.cmd("job-cancel", {"id": "j"})
-    except QmpError as refused:
-        assert "Job not found" in refused.desc or "cannot accept command verb 'cancel'" in refused.desc
-
-
 def test_a_cancelled_backup_leaves_the_next_one_right(tmp_path: Path) -> None:
     image, _ = source_image("chain", tmp_path)
     choose = random.Random(7)
+    ways: list[dict[str, Any]] = [PIECEMEAL, TINY_STORE]
     server = NbdBackend(f"sda={image}", directory=tmp_path, options=["--scratch-dir", tmp_path])
     with server, server.qmp() as qmp:
         add_target(qmp, tmp_path / "target", delay_us=300)
         with StampingGuest(server.nbd_path, SIZE, seed=1) as guest:
             for _ in range(STARTS // 2):
-                back_up(qmp, guest, **choose.choice([PIECEMEAL, TINY_STORE]))
+                back_up(qmp, guest, **choose.choice(ways))
                 time.sleep(choose.uniform(0, 0.03))  # anywhere in the backup's life, its end included
-                cancel_if_there(qmp)
+                with suppress(QmpError):  # it may have ended by itself
+                    qmp.cmd("job-cancel", {"id": "j"})
                 qmp.wait_job("j", "null")
                 moment = back_up(qmp, guest)
                 qmp.wait_job("j", "null")
@@ -117,9 +112,7 @@ def test_a_full_store_breaks_the_backup_and_not_the_guest_when_told_to(tmp_path:
                 qmp.wait_job("j", "null")
                 if "error" in end:
                     broken += 1
-                    assert end["error"] == (
-                        "The state of 'sda' at the start of the backup could not be kept: No space left on device"
-                    )
+                    assert "'sda' at the start of the backup could not be kept: No space" in end["error"]
                 else:
                     assert guest.wrong((tmp_path / "target").read_bytes(), moment) == []
     assert broken > 0

@@ -12,7 +12,8 @@ static struct image make(uint32_t version)
     return image_make(UINT64_C(1) << 28, version, 16, CLUSTERS * CLUSTER);
 }
 
-/* An image with an L2 table, one data cluster and this entry first in the table; the entry must be refused. */
+/* An image with an L2 table, two data clusters and this entry first in the table: it must be refused before anything
+ * but the table (and, to mark it corrupt, the header) is read. */
 static void check_l2_refused(uint32_t version, uint64_t entry, uint32_t fault)
 {
     static uint64_t id = 1000;
@@ -20,11 +21,14 @@ static void check_l2_refused(uint32_t version, uint64_t entry, uint32_t fault)
     uint64_t l2 = image_add_l2(&image);
     uint8_t buf[512];
     memset(image.file->bytes + image_add_cluster(&image), 0x11, CLUSTER);
+    image_add_cluster(&image);
     put64(image.file, l2, entry);
     struct node *node = image_open(&image, NB_NODE_UNMAP);
     nb_node_set_id(node, ++id);
     memset(buf, 0xee, sizeof buf);
+    unsigned reads = image.file->reads;
     CHECK_INT(nb_node_pread(node, buf, sizeof buf, 0), -EIO);
+    CHECK_INT(image.file->reads, reads + (version >= 3 ? 2 : 1));
     CHECK_FILLED(buf, 0xee, sizeof buf);      /* nothing of the file reached the guest */
     struct nb_event event = wait_event(NB_EVENT_CORRUPT, id);
     CHECK_INT(event.a, fault);
@@ -42,7 +46,7 @@ static void damaged_l2_entries_are_refused(void)
 {
     struct image probe = make(3);
     image_add_l2(&probe);
-    uint64_t data = image_add_cluster(&probe), end = data + CLUSTER;
+    uint64_t data = image_add_cluster(&probe), end = data + 2 * CLUSTER;
     image_free(&probe);
     check_l2_refused(3, (data + 512) | COPIED, NB_FAULT_L2_ENTRY);                    /* unaligned */
     check_l2_refused(3, end | COPIED, NB_FAULT_L2_ENTRY);                             /* beyond the end */
@@ -59,6 +63,7 @@ static void damaged_l2_entries_are_refused(void)
     check_l2_refused(3, COMPRESSED | COPIED | data, NB_FAULT_COMPRESSED);
     check_l2_refused(3, COMPRESSED | end, NB_FAULT_COMPRESSED);
     check_l2_refused(3, COMPRESSED | 512, NB_FAULT_COMPRESSED);                       /* inside the header */
+    check_l2_refused(3, COMPRESSED | (3 * CLUSTER + 512), NB_FAULT_COMPRESSED);       /* inside the L1 table */
 }
 
 static void entries_that_point_to_metadata_are_refused(void)
@@ -118,6 +123,9 @@ static void tables_beyond_the_end_of_the_file_are_refused_at_open(void)
     check_open_refused(&image, NB_FAULT_TRUNCATED, 0, end);
     image = make(3);
     put64(image.file, 48, end);
+    check_open_refused(&image, NB_FAULT_TRUNCATED, 0, end);
+    image = make(3);
+    put64(image.file, 48, end + CLUSTER);
     check_open_refused(&image, NB_FAULT_TRUNCATED, 0, end);
     image = make(3);
     put32(image.file, 56, 100);

@@ -66,6 +66,8 @@ static void only_overlapping_holds_conflict_unless_both_are_shared(void)
                (struct locker) { .start = 9, .end = 20, .exclusive = true }, true);
     check_pair((struct locker) { .start = 0, .end = 10, .exclusive = true },
                (struct locker) { .start = 10, .end = 20, .exclusive = true }, false);
+    check_pair((struct locker) { .start = 10, .end = 20, .exclusive = true },
+               (struct locker) { .start = 0, .end = 10, .exclusive = true }, false);
     check_pair((struct locker) { .start = 0, .end = 10 }, (struct locker) { .start = 5, .end = 20 }, false);
     check_pair((struct locker) { .start = 0, .end = 10 }, (struct locker) { .start = 5, .end = 20, .exclusive = true },
                true);

@@ -1,8 +1,8 @@
 """A guest that stamps what it writes, so that any copy of its disk can be told to be of one moment, or not.
 
 Every sector that a write changes holds the write's number, eight bytes repeated; zeroes and trims leave zero.
-All writes are remembered with two ticks of one logical clock: before they were sent, after they were answered.
-So for any two ticks it is known which writes a copy of the disk, taken between them, may show at a sector.
+All writes are remembered with two ticks of one logical clock: before they were sent, after they were
+answered. So for any two ticks it is known which writes a copy of the disk, taken between them, may show.
 """
 
 from __future__ import annotations
