@@ -39,6 +39,8 @@ __all__ = ["BackupJob", "BackupOptions", "BackupTuning", "CbwOnError", "check_op
 
 log = logging.getLogger(__name__)
 
+MIN_KEPT = 4 << 10
+MOST_BITS = 1 << 26
 MIN_CLUSTER = 64 << 10
 MAX_CLUSTER = 64 << 20
 DEFAULT_MEMORY = 64 << 20
@@ -118,7 +120,7 @@ class BackupJob(BlockJob):
         self._graph = graph
         self._options = options
         self._source, self._target = source, target
-        self._cluster_size = max(MIN_CLUSTER, target.info.cluster_size or 0, options.x_perf.min_cluster_size)
+        self._cluster_size = _cluster_size(options, source, target)
         _check_store(options, self._cluster_size)
         self._scratch_dir = scratch_dir
         self._owns_target = owns_target
@@ -361,6 +363,22 @@ def check_options(options: BackupOptions, target: str) -> None:
         raise JobError("min-cluster-size needs to be a power of 2")
     if tuning.min_cluster_size > MAX_CLUSTER:
         raise JobError(f"min-cluster-size too large: {tuning.min_cluster_size} > {MAX_CLUSTER}")
+
+
+def _cluster_size(options: BackupOptions, source: BlockNode, target: BlockNode) -> int:
+    """Bytes that are kept at once when a guest changes any of them.
+
+    A full backup writes all of the target in the end, in whatever pieces: the smaller they are, the less a
+    guest's small write has to wait for; what bounds them is the memory for bitmaps (8 MiB each). Where the
+    target keeps showing something else in between, only whole clusters of it may be written.
+    """
+    if options.sync == "full":
+        smallest = MIN_KEPT
+        while source.size // smallest > MOST_BITS:
+            smallest *= 2
+    else:
+        smallest = max(MIN_CLUSTER, target.info.cluster_size or 0)
+    return max(smallest, options.x_perf.min_cluster_size)
 
 
 def _check_nodes(source: BlockNode, target: BlockNode) -> None:
