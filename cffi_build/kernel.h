@@ -46,7 +46,8 @@ enum {
 /* Kinds of struct nb_event. */
 enum {
     NB_EVENT_TASK = 1,        /* an nb_task_* ended: error */
-    NB_EVENT_SLICE = 2,       /* an nb_copier_slice ended: error, a = bytes done, b = offset of the failure, c = side */
+    NB_EVENT_SLICE = 2,       /* an nb_copier_slice ended: error, a = bytes done; without error b = bytes read, else
+                               * b = offset of the failure, c = side */
     NB_EVENT_DRAINED = 3,     /* a gate closed by nb_export_close_gate has no request in flight */
     NB_EVENT_CORRUPT = 4,     /* token = node id, a = fault kind, b = index or offset, c = the value found */
     NB_EVENT_CBW_BROKEN = 5,  /* token = the cbw's: a point in time could not be kept; error says why */
@@ -175,7 +176,8 @@ int nb_error_inject_rule(struct node *node, uint32_t operations, uint64_t offset
                          uint64_t delay_ns, uint64_t skip, uint64_t count);
 
 struct node *nb_node_ref(struct node *node);
-/* Drop a reference; the last one flushes nothing, closes the driver and drops the children.  NULL is ignored.  Blocks. */
+/* Drop a reference; the last one closes the driver and drops the children.  A writable qcow2 layer is flushed then, but
+ * failures are lost: flush it before.  NULL is ignored.  Blocks. */
 void nb_node_unref(struct node *node);
 /* The number by which events and extents name the node; set once, before use.  Loop. */
 void nb_node_set_id(struct node *node, uint64_t id);
@@ -199,8 +201,9 @@ int nb_node_flush(struct node *node);
  * the range unless capacity ran out.  Any thread; blocks. */
 int nb_node_block_status(struct node *node, struct node *base, uint64_t offset, uint64_t count,
                          struct nb_extent *extents, size_t capacity);
-/* Write back cached metadata in the safe order but without waiting for the disk (other processes then see a
- * consistent image).  Any thread; blocks. */
+/* Write back cached metadata in the safe order but without waiting for the disk: other processes then see a consistent
+ * image, and it survives the death of this process.  Until the next flush a power cut may leave entries on disk without
+ * their refcounts, so it is for images that nobody relies on yet.  Any thread; blocks. */
 int nb_node_write_back(struct node *node);
 
 /* Run one of the above in the pool and post NB_EVENT_TASK with token.  The node is referenced meanwhile.  Loop. */

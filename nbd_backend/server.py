@@ -41,6 +41,7 @@ from jobs.block.legacy import BlockJobNames
 from jobs.manager import JobManager
 from nbd_backend import sockets
 from nbd_backend.block.chain import image_options
+from nbd_backend.block.describe import fault_text
 from nbd_backend.block.errors import BlockError
 from nbd_backend.block.events import EventRing
 from nbd_backend.block.exports import Exports
@@ -63,15 +64,6 @@ PATIENCE_SECONDS = 5.0
 STOP_SECONDS = 75
 """When the process is killed that has not ended by itself; below systemd's 90 s."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-_FAULTS = {
-    FaultKind.L1_ENTRY: "L1 table entry {index} is {value:#x}",
-    FaultKind.L2_ENTRY: "the L2 table entry at offset {index:#x} is {value:#x}",
-    FaultKind.REFTABLE_ENTRY: "refcount table entry {index} is {value:#x}",
-    FaultKind.COMPRESSED: "the compressed cluster at offset {index:#x} cannot be read",
-    FaultKind.REFCOUNT: "the cluster at offset {index:#x} is in use but its refcount is {value}",
-    FaultKind.TRUNCATED: "the table at offset {index:#x} lies beyond the end of the file",
-}
-
 log = logging.getLogger(__name__)
 
 
@@ -257,8 +249,7 @@ def _corruption(graph: Graph, event: Event) -> dict[str, Any]:
     """The data of BLOCK_IMAGE_CORRUPTED for a finding of the kernel's; also logged."""
     node = graph.by_id(event.token)
     name, file = (node.name, node.filename) if node is not None else ("", "an image that is closed by now")
-    problem = _FAULTS[FaultKind(event.a)].format(index=event.b, value=event.c)
-    message = f"Image metadata is damaged: {problem}; no more writes go to it"
+    message = f"{fault_text(FaultKind(event.a), event.b, event.c)}; no more writes go to the image"
     log.error("%s: %s; look closer: qemu-img check %s", file, message, file)
     return {"device": "", "node-name": name, "msg": message, "fatal": True}
 

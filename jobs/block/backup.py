@@ -301,8 +301,8 @@ class BackupJob(BlockJob):
 
     @property
     def stall(self) -> str | None:
-        """As for all jobs; also that guests wait for this one."""
-        return super().stall or ("the local store is full: guest writes wait" if self._is_full() else None)
+        """As for all jobs; but first that guests wait for this one."""
+        return "the local store is full: guest writes wait" if self._is_full() else super().stall
 
     def _is_full(self) -> bool:
         """Whether the store is as full as the kernel has told; it tells again once half of it was free."""

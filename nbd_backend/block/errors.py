@@ -8,6 +8,7 @@ Each boundary (QMP, CLI, nbdkit) maps `kind` once; texts follow QEMU's where scr
 """
 
 import os
+import re
 from enum import StrEnum
 
 
@@ -51,7 +52,8 @@ class BadImage(BlockError):
     """Metadata of `file` is unusable: header field or table entry `field` holds `value`."""
 
     def __init__(self, file: str, field: str, value: object, problem: str, *, hint: str = "") -> None:
-        told = problem if str(value) in problem else f"{problem}: {field} is {value}"
+        named = re.search(rf"(?<!\w){re.escape(str(value))}(?!\w)", problem)
+        told = problem if named else f"{problem}: {field} is {value}"
         super().__init__(Kind.BAD_IMAGE, f"{told} in '{file}'", hint=hint)
         self.file = file
         self.field = field

@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="open files in DIR only; may be given several times",
     )
-    add("--l2-cache-size", type=size, metavar="SIZE", help="memory for each qcow2 layer's L2 tables")
+    add("--l2-cache-size", type=size, metavar="SIZE", help="memory for L2 tables of each IMAGE's top layer")
     add(
         "--threads",
         type=argument(_threads),

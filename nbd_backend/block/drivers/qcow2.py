@@ -10,13 +10,13 @@ from nbd_backend.block import kernel
 from nbd_backend.block.chain import implicit_backing
 from nbd_backend.block.describe import fault_text
 from nbd_backend.block.driver import Driver, Lineage, OpenContext, Opened
-from nbd_backend.block.errors import BadImage, BlockError
+from nbd_backend.block.errors import BadImage, BlockError, KernelError
 from nbd_backend.block.kernel import FaultKind, ImageFault, NodeFlag, Qcow2Layout
 from nbd_backend.block.node import BlockNode, FormatInfo
 from nbd_backend.block.options import NodeOptions, NodeRef
 from nbd_backend.block.qcow2 import header as qcow2
 from nbd_backend.block.qcow2.features import Compatible, Incompatible
-from nbd_backend.block.qcow2.header import Header
+from nbd_backend.block.qcow2.header import Header, full_backing_name
 from nbd_backend.block.qcow2.support import bitmap_count, refuse_unsupported
 from nbd_backend.block.units import KIB, MIB, ceil_div
 
@@ -44,7 +44,10 @@ async def open_qcow2(context: OpenContext, options: Options) -> Opened:
     backing = None
     if backing_ref is not None:
         lineage = Lineage(file.identity, context.lineage) if file.identity else context.lineage
-        backing = await context.child("backing", backing_ref, read_only=True, lineage=lineage)
+        try:
+            backing = await context.child("backing", backing_ref, read_only=True, lineage=lineage)
+        except KernelError as error:
+            raise _name_overlay(error, header, file.filename) from None
     handle = await context.run(_open_tables, file, backing, header, options, context.flags)
     try:
         if header.autoclear and not context.read_only:
@@ -53,6 +56,18 @@ async def open_qcow2(context: OpenContext, options: Options) -> Opened:
         handle.close()
         raise
     return Opened(handle, file.filename, context.read_only, format_info(header, file.filename))
+
+
+def _name_overlay(error: KernelError, header: Header, overlay: str) -> KernelError:
+    """A backing file that could not be opened, told with the image that names it."""
+    backing = full_backing_name(header, overlay)
+    if not error.message.startswith(f"Could not open '{backing}'"):
+        return error  # a layer further below, told already
+    return KernelError(
+        f"Could not open backing file '{backing}' of '{overlay}'",
+        error.errno,
+        hint=error.hint or f"look at what it records: qemu-img info {overlay}",
+    )
 
 
 def read_header(file: BlockNode, writable: bool) -> Header:

@@ -96,7 +96,9 @@ async def test_another_backing_format_is_refused_by_name(tmp_path: Path) -> None
 @both_loops
 async def test_a_missing_backing_file_is_named(tmp_path: Path) -> None:
     refused = await refusal(overlay(tmp_path / "top", "gone"))
-    assert refused.message == f"Could not open '{tmp_path / 'gone'}': No such file or directory"
+    gone, top = tmp_path / "gone", tmp_path / "top"
+    expected = f"Could not open backing file '{gone}' of '{top}': No such file or directory"
+    assert refused.message == expected
 
 
 @both_loops
