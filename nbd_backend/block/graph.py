@@ -335,8 +335,8 @@ class Graph:
         node.retired = True
         gone: list[BlockNode] = []
         async with self.drained(node):
-            top = node.entry  # not sooner: another filter may come while the guests are drained
-            while top.retired:
+            top = node.entry  # not sooner: filters may come and go while the guests are drained
+            while top.retired and top.in_place:
                 below = top.children["file"]
                 self._repoint(top, below)
                 below.filter_above = None

@@ -167,8 +167,8 @@ def serve_refusal(directory: Path, image: Path, *options: str) -> str:
 
 
 def says(message: str, image: Path, words: Sequence[str]) -> None:
-    """Assert that the message names the file and all the words."""
-    missing = [word for word in (str(image), *words) if word not in message]
+    """Assert that the message names the file and all the words, in whatever case."""
+    missing = [word for word in (str(image), *words) if word.lower() not in message.lower()]
     assert not missing, f"{missing} not in: {message}"
 
 

@@ -19,7 +19,7 @@ from tests.support.stamps import CLUSTER, Moment, StampingGuest
 KiB, MiB = 1 << 10, 1 << 20
 SIZE = 4 * MiB + 20 * KiB  # the last cluster is not whole
 NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
-STARTS = 1500 if NIGHTLY else 40  # of each test
+STARTS = 1500 if NIGHTLY else 30  # of each test
 
 FAST: dict[str, Any] = {}
 PIECEMEAL = {"x-perf": {"max-chunk": CLUSTER, "max-workers": 2}}
