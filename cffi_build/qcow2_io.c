@@ -147,10 +147,14 @@ static int write_with_edges(struct qcow2 *q, const struct allocation *a, const c
     uint64_t whole = head + a->length + tail, from = a->offset - head;
     char *bounce = malloc(whole);
     int err = bounce ? 0 : -ENOMEM;
-    if (!err && head)
-        err = read_old(q, bounce, head, from);
-    if (!err && tail)
-        err = read_old(q, bounce + head + a->length, tail, a->offset + a->length);
+    if (!err && head && tail && a->length <= head + tail) {
+        err = read_old(q, bounce, whole, from);      /* one read is cheaper than two, though it reads what is replaced */
+    } else {
+        if (!err && head)
+            err = read_old(q, bounce, head, from);
+        if (!err && tail)
+            err = read_old(q, bounce + head + a->length, tail, a->offset + a->length);
+    }
     if (!err) {
         memcpy(bounce + head, buf, a->length);
         err = node_pwrite(q->node.file, bounce, whole, a->host + (from - a->start), 0);

@@ -27,9 +27,18 @@ from jobs.block.copyloop import CopyLoop, ErrorPolicies
 from jobs.errors import JobError
 from jobs.onerror import OnError
 from nbd_backend.block import kernel
-from nbd_backend.block.errors import BlockError
+from nbd_backend.block.errors import BlockError, KernelError
 from nbd_backend.block.graph import Graph
-from nbd_backend.block.kernel import Bitmap, CbwOptions, Copier, CopierOptions, Event, EventKind, ExtentFlag
+from nbd_backend.block.kernel import (
+    Bitmap,
+    CbwOptions,
+    Copier,
+    CopierOptions,
+    Event,
+    EventKind,
+    ExtentFlag,
+    Side,
+)
 from nbd_backend.block.node import BlockNode
 from nbd_backend.block.permissions import READ, Access, Holder, HolderKind
 from nbd_backend.block.scratch import open_scratch
@@ -212,21 +221,21 @@ class BackupJob(BlockJob):
             if self._options.sync == "none":
                 await self._carry_store(loop)
             if self._options.sync == "top":
-                await self._leave_out_backing()
+                await self._leave_out_backing(loop)
                 self.progress.set_remaining(copier.remaining)
             await loop.copy_all()
             # Whoever opens the file after the job's end finds a complete image there.
-            write_back = self._target.handle.start_write_back
-            await self.uninterrupted(
-                self._graph.ring.run(write_back, f"Could not write back the target '{self._target.name}'")
-            )
+            await loop.task(Side.TARGET, self._target.handle.start_write_back)
 
     def _target_is_zero(self) -> bool:
         """Whether nothing needs to be written where the source reads as zeroes. Blocks."""
         if self._target.info.backing_filename is not None:
             return False  # opened without it, perhaps; but others will see it where nothing is written
         size = self._target.size
-        extents = self._target.handle.block_status(0, size, capacity=1) if size else []
+        try:
+            extents = self._target.handle.block_status(0, size, capacity=1) if size else []
+        except KernelError:  # it shows again where policy is asked: when the target is written
+            return False
         return bool(extents and extents[0].length == size and extents[0].flags & ExtentFlag.ZERO)
 
     def _open_copier(self, cbw: kernel.Node, *, zero: bool) -> Copier:
@@ -254,7 +263,7 @@ class BackupJob(BlockJob):
             self._stored = False
             await loop.slice(store_only=True)
 
-    async def _leave_out_backing(self) -> None:
+    async def _leave_out_backing(self, loop: CopyLoop) -> None:
         """Take out of the work what the source's own layer has not allocated.
 
         It is done after the point in time: what a guest allocates meanwhile is copied needlessly, no more.
@@ -262,11 +271,9 @@ class BackupJob(BlockJob):
         wanted = Bitmap.new(self._todo.size, self._todo.granularity)
         backing = self._source.backing
         below = backing.handle if backing is not None else None
-        read = self._graph.ring.run(
-            lambda token: wanted.start_set_allocated(self._source.handle, below, False, token),
-            f"Could not read the allocation of '{self._source.name}'",
+        await loop.task(
+            Side.SOURCE, lambda token: wanted.start_set_allocated(self._source.handle, below, False, token)
         )
-        await self.uninterrupted(read)
         offset = 0
         while offset < wanted.size:
             start, length = wanted.next_dirty(offset, wanted.size) or (wanted.size, 0)

@@ -16,7 +16,7 @@ from jobs.block.blockjob import BlockJob
 from jobs.errors import JobError
 from jobs.onerror import OnError, Verdict
 from nbd_backend.block.events import EventRing
-from nbd_backend.block.kernel import Copier, Event, Side
+from nbd_backend.block.kernel import Copier, Side
 
 __all__ = ["CopyLoop", "ErrorPolicies"]
 
@@ -67,19 +67,24 @@ class CopyLoop:
         limit.charge(event.a if event.error else event.b)
         self.show_progress()
         self._check()
+        if event.error and event.c == Side.STORE:
+            reason = os.strerror(event.error)
+            raise JobError(f"The local store of old data failed at offset {event.b}: {reason}")
         if event.error:
-            await self._treat(event)
+            await self._treat(Side(event.c), event.error)
+
+    async def task(self, side: Side, start: Callable[[int], None]) -> None:
+        """Run a task of the kernel's that works on one side, until it succeeds or its error ends the job."""
+        while error := (await self._job.uninterrupted(self._ring.event(start))).error:
+            await self._treat(side, error)
 
     def show_progress(self) -> None:
         """Tell how much is done, going by what is left."""
         progress = self._job.progress
         progress.advance(max(0, progress.total - self._copier.remaining - progress.current))
 
-    async def _treat(self, event: Event) -> None:
-        side = Side(event.c)
-        failure = OSError(event.error, os.strerror(event.error))
-        if side is Side.STORE:
-            raise JobError(f"The local store of old data failed at offset {event.b}: {failure.strerror}")
+    async def _treat(self, side: Side, error: int) -> None:
         operation, policy = self._treatments[side]
+        failure = OSError(error, os.strerror(error))
         if await self._job.handle_error(operation, failure, policy) is Verdict.FAIL:
             raise failure

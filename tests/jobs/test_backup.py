@@ -163,6 +163,16 @@ def test_none_keeps_what_guests_overwrite_until_it_is_cancelled(tmp_path: Path, 
         assert sum(allocated) == 4 * CLUSTER
 
 
+@pytest.mark.parametrize("size", [0, 512, MiB - 512])
+def test_disks_of_odd_sizes(qmp: QmpClient, size: int) -> None:
+    for name in ("small", "target"):
+        null = {"driver": "null-co", "node-name": name, "size": size, "read-zeroes": True}
+        qmp.cmd("blockdev-add", null)
+    start(qmp, device="small")
+    done = qmp.wait_event("BLOCK_JOB_COMPLETED")["data"]
+    assert (done["len"], done["offset"], "error" in done) == (size, size, False)
+
+
 def test_a_target_that_is_not_zero_is_overwritten_where_the_source_is(tmp_path: Path, qmp: QmpClient) -> None:
     add_raw(qmp, tmp_path / "target")
     (tmp_path / "target").write_bytes(b"\xff" * SIZE)

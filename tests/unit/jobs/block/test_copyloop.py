@@ -124,6 +124,23 @@ async def test_an_error_ends_the_job_unless_the_policy_of_its_side_says_otherwis
 
 
 @both_loops
+async def test_a_task_is_tried_again_by_the_policy_of_its_side() -> None:
+    class WritingBack(Copying):
+        async def run(self) -> None:
+            await self.loop.task(Side.TARGET, lambda token: disk.start_slice(0, 0, False, token))
+
+    stage, disk = Stage(), Disk(MIB, failures=((errno.ENOSPC, Side.TARGET),))
+    job = WritingBack(disk, ErrorPolicies(target=OnError.ENOSPC), clock=stage.clock)
+    stage.add(job)
+    stage.manager.start(job)
+    await settle()
+    assert job.status.value == "paused"
+    stage.manager.resume("j1")
+    await job.wait_concluded()
+    assert (job.error, len(disk.asked)) == (None, 2)
+
+
+@both_loops
 async def test_an_error_of_the_store_always_ends_the_job() -> None:
     stage, disk = Stage(), Disk(MIB, failures=((errno.EIO, Side.STORE),))
     policies = ErrorPolicies(OnError.IGNORE, OnError.IGNORE)
