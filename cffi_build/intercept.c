@@ -98,6 +98,7 @@ struct cbw {
     struct signal saved;         /* a save ended, or the state changed */
     struct signal room;          /* room became free, or the state changed; its sleepers are not woken for less: each
                                   * tries again, and its failure must not wake the others */
+    uint64_t given;              /* how often room became free: who tried without the lock compares before it sleeps */
     int error;                   /* why BROKEN */
     struct save *saves;
     struct space memory_space, scratch_space;
@@ -197,6 +198,7 @@ static bool half_full_locked(const struct cbw *cbw)
 static void give_room_locked(struct cbw *cbw, int place, uint64_t at, uint64_t length)
 {
     space_give(space_of(cbw, place), at, round_up(cbw, length));
+    cbw->given++;
     if (!half_full_locked(cbw))
         cbw->full_posted = false;
     wake_locked(&cbw->room);
@@ -443,6 +445,7 @@ static void save_some_locked(struct cbw *cbw, uint64_t start, uint64_t end, stru
     uint64_t zeroes = leading_zeroes(cbw, save.start, save.end);
     pthread_mutex_lock(&cbw->lock);
     bool room = true;
+    uint64_t given = cbw->given;
     if (zeroes)
         store_zeroes_locked(cbw, save.start, save.start + zeroes);
     else
@@ -452,7 +455,7 @@ static void save_some_locked(struct cbw *cbw, uint64_t start, uint64_t end, stru
         link = &(*link)->next;
     *link = save.next;
     wake_locked(&cbw->saved);
-    if (!room && keeping(cbw))
+    if (!room && keeping(cbw) && cbw->given == given)
         no_room_locked(cbw, patience);
 }
 

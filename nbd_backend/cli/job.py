@@ -19,6 +19,8 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qemu.qmp import ExecuteError
+
 from . import CliError, _format
 from ._qmp import Session, add_address, parse_arguments, talk
 
@@ -55,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     start = action("start", "start a job", start_job)
     start.add_argument(
-        "type", metavar="TYPE", help=f"{', '.join(STARTERS)}, or a type of an installed package"
+        "type", metavar="TYPE", help="backup, or another type that the server has"
     )
     start.add_argument("words", nargs="*", metavar="KEY=VALUE", help="the command's arguments")
     start.add_argument("--watch", action="store_true", help="follow it to its end")
@@ -105,7 +107,7 @@ def start_job(arguments: argparse.Namespace) -> int:
     async def start(session: Session) -> int:
         async with session.job_events() as events:
             before = {job["id"] for job in await session.execute("query-jobs")}
-            await session.execute(command, members)
+            await _launch(session, arguments.type, command, members)
             started = await _started(session, events, before, values.get("job-id"))
             if arguments.watch:
                 return await follow_job(session, started, events)
@@ -113,6 +115,20 @@ def start_job(arguments: argparse.Namespace) -> int:
             return 0
 
     return talk(arguments, start)
+
+
+async def _launch(session: Session, job_type: str, command: str, members: dict[str, Any]) -> None:
+    try:
+        await session.execute(command, members)
+    except CliError as error:
+        if _error_class(error) == "CommandNotFound":
+            raise CliError(f"this server has no jobs of type '{job_type}'") from error
+        raise
+
+
+def _error_class(error: CliError) -> str:
+    """The class of the QMP error that `error` reports, empty if it is none."""
+    return error.__cause__.error_class if isinstance(error.__cause__, ExecuteError) else ""
 
 
 async def _started(
@@ -132,8 +148,18 @@ async def _started(
 
 def steer(arguments: argparse.Namespace) -> int:
     """``job pause`` and the others that take nothing but an id."""
-    talk(arguments, lambda session: session.execute(f"job-{arguments.action}", {"id": arguments.id}))
+    _ask(arguments, f"job-{arguments.action}", {"id": arguments.id})
     return 0
+
+
+def _ask(arguments: argparse.Namespace, command: str, members: dict[str, Any]) -> None:
+    """Run a command about one job. Raises CliError, which names the job that the server's text may not."""
+    try:
+        talk(arguments, lambda session: session.execute(command, members))
+    except CliError as error:
+        if not _error_class(error) or f"'{arguments.id}'" in str(error):
+            raise
+        raise CliError(f"'{arguments.id}': {error}; `nbd-backend job list` shows all jobs") from error
 
 
 def cancel_job(arguments: argparse.Namespace) -> int:
@@ -141,7 +167,7 @@ def cancel_job(arguments: argparse.Namespace) -> int:
     command, members = "job-cancel", {"id": arguments.id}
     if arguments.soft:
         command, members = "block-job-cancel", {"device": arguments.id}
-    talk(arguments, lambda session: session.execute(command, members))
+    _ask(arguments, command, members)
     return 0
 
 
@@ -219,15 +245,18 @@ def watch_jobs(arguments: argparse.Namespace) -> int:
 
     async def watch(session: Session) -> int:
         async with session.job_events() as events:
-            present = {job["id"] for job in await session.execute("query-jobs")}
-            unknown = set(arguments.ids) - present
+            present = {job["id"]: job for job in await session.execute("query-jobs")}
+            unknown = set(arguments.ids) - set(present)
             if unknown:
                 raise CliError(f"there is no job '{min(unknown)}'; `nbd-backend job list` shows all")
-            wanted = set(arguments.ids) or present
+            wanted = set(arguments.ids) or set(present)
             if not wanted:
                 print("no jobs")
                 return 0
-            return await _Watch(session, wanted).follow(events)
+            watching = _Watch(session, wanted)
+            for name in wanted:
+                watching.note(present[name])
+            return await watching.follow(events)
 
     return talk(arguments, watch)
 
@@ -237,13 +266,21 @@ class _Watch:
 
     def __init__(self, session: Session, ids: set[str]) -> None:
         self._session = session
+        self._watched = set(ids)
         self._left = set(ids)
         self._failed: dict[str, str] = {}
         self._tasks: dict[str, TaskID] = {}
 
+    def note(self, job: dict[str, Any]) -> None:
+        """Take a job's state from before the first event: one that is over sends no more events."""
+        if job["status"] == "concluded":
+            self._left.discard(job["id"])
+            if "error" in job:
+                self._failed[job["id"]] = job["error"]
+
     async def follow(self, events: AsyncIterator[dict[str, Any]]) -> int:
         """Show progress, and at the end how each job fared; the exit status."""
-        watched = sorted(self._left)
+        watched = sorted(self._watched)
         if not sys.stdout.isatty():  # where bars are not drawn
             print(f"watching {', '.join(watched)}", flush=True)
         with _progress() as progress:

@@ -31,6 +31,8 @@ MAX_LISTENERS = 16
 SPARES = 4
 """Listeners that QMP can add at run time, where the limit leaves room."""
 _ABOVE_LISTENERS = 64  # descriptors from here on are out of the way
+_CERTIFICATES = ("ca-cert.pem", "server-cert.pem", "server-key.pem")
+"""What nbdkit reads in the directory of --tls-certificates."""
 _NAMED = re.compile(r"([A-Za-z][A-Za-z0-9._-]*)=(.+)", re.DOTALL)
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -108,6 +110,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> NoReturn:
     """Bind the sockets and become the server."""
+    _check_tls(arguments)
+    _check_scratch_dir(arguments.scratch_dir)
     version = _spawn_version()  # runs beside what follows
     images = name_images(arguments.images)
     bound: list[Path] = []
@@ -121,6 +125,36 @@ def run(arguments: argparse.Namespace) -> NoReturn:
         if isinstance(error, sockets.AddressError):
             raise CliError(str(error)) from error
         raise
+
+
+def _check_tls(arguments: argparse.Namespace) -> None:
+    """nbdkit would look for certificates in places of its own, and with ``on`` do without TLS in silence."""
+    given = [
+        (f"--{name.replace('_', '-')}", value)
+        for name in ("tls_certificates", "tls_psk", "tls_verify_peer")
+        if (value := getattr(arguments, name))
+    ]
+    if arguments.tls == "off":
+        if given:
+            raise CliError(f"{given[0][0]} has no effect without --tls on or --tls require", 2)
+        return
+    if not (arguments.tls_certificates or arguments.tls_psk):
+        raise CliError(f"--tls {arguments.tls} needs --tls-certificates DIR or --tls-psk FILE", 2)
+    needed = [arguments.tls_psk] if arguments.tls_psk else []
+    if arguments.tls_certificates:
+        needed += [os.path.join(arguments.tls_certificates, name) for name in _CERTIFICATES]
+    for path in needed:
+        with open(path, "rb"):  # whoever cannot read it learns so before anything is bound
+            pass
+
+
+def _check_scratch_dir(path: str | None) -> None:
+    if path is None:
+        return
+    if not os.path.isdir(path):
+        raise CliError(f"--scratch-dir {path}: not a directory")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise CliError(f"--scratch-dir {path}: no permission to make files there")
 
 
 def name_images(words: list[str]) -> list[ImageConfig]:
@@ -345,6 +379,4 @@ def _tls_options(arguments: argparse.Namespace) -> list[str]:
         options.append(f"--tls-psk={arguments.tls_psk}")
     if arguments.tls_verify_peer:
         options.append("--tls-verify-peer")
-    if len(options) > 1 and arguments.tls == "off":
-        raise CliError(f"{options[1].partition('=')[0]} has no effect without --tls on or --tls require", 2)
     return options
