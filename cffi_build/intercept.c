@@ -385,15 +385,16 @@ static int fill_room(struct cbw *cbw, uint64_t start, uint64_t length, int place
     *store_error = false;
     if (place == SAVED_MEMORY)
         return node_pread(cbw->node.file, cbw->memory + at, length, start);
-    void *buffer = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (buffer == MAP_FAILED)
+    /* Not mmap: unmapping interrupts every processor that runs a thread of this process. */
+    void *buffer = aligned_alloc(4096, (length + 4095) / 4096 * 4096);
+    if (!buffer)
         return -ENOMEM;
     int err = node_pread(cbw->node.file, buffer, length, start);
     if (!err) {
         err = write_fully(cbw->options.scratch_fd, buffer, length, at);
         *store_error = err;
     }
-    munmap(buffer, length);
+    free(buffer);
     return err;
 }
 

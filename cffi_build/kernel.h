@@ -166,6 +166,9 @@ int nb_null_open(uint64_t size, uint64_t latency_ns, bool read_zeroes, uint32_t 
 /* An NBD server's export as a node, through libnbd.  uri as in the NBD URI specification; connections: 1..16 (used
  * when the server allows multi-conn).  On failure *message (freed with nb_string_free) tells libnbd's reason.  Blocks. */
 int nb_nbd_open(const char *uri, uint32_t connections, uint32_t flags, struct node **out, char **message);
+/* Give up the server of the NBD node that `node` is or reaches through `file` children (filters, raw, a format; without
+ * one nothing happens): what is in flight on it and everything later fails with -ECONNRESET, for good.  Any thread. */
+void nb_nbd_abort(struct node *node);
 void nb_string_free(char *s);
 /* Faults in front of `child`; takes a reference.  Rules are added with nb_error_inject_rule.  Loop. */
 int nb_error_inject_open(struct node *child, uint32_t flags, struct node **out);

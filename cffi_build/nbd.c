@@ -14,7 +14,8 @@
  * writes, zeroes and discards hold theirs shared.  With a minimum of 1, the common case, nothing is locked.
  *
  * Connections do not come back.  When the server goes away libnbd fails all that is in flight and the poller ends;
- * requests then fail with -ECONNRESET.
+ * requests then fail with -ECONNRESET.  nb_nbd_abort makes the same of a server that hangs: it shuts the sockets down,
+ * through descriptors of its own, because libnbd closes its when a connection dies.
  *
  * Locks: call.lock; blocks (rangelock.h), held across whole requests; libnbd's own lock per handle, which it holds
  * while it calls back.  Order: blocks, libnbd's, call.lock; a caller holds no call.lock while it calls libnbd.
@@ -23,6 +24,7 @@
 #include <libnbd.h>
 
 #include <errno.h>
+#include <fcntl.h>
 #include <inttypes.h>
 #include <poll.h>
 #include <pthread.h>
@@ -32,6 +34,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #include "node.h"
@@ -47,8 +50,9 @@ struct connection {
     pthread_t poller;
     bool polling;               /* the poller was started; used by the opening and closing thread only */
     int wake;                   /* eventfd: the poller looks at the handle again */
+    int socket;                 /* a duplicate of libnbd's, open as long as the node; -1: none */
     atomic_bool stop;           /* the poller shall end */
-    atomic_bool lost;           /* the poller has ended: the server is gone */
+    atomic_bool lost;           /* no requests any more: the poller has ended, or the connection was aborted */
     atomic_uint calls;          /* in flight */
 };
 
@@ -285,6 +289,8 @@ static void *poller_main(void *arg)
             notify(handle, fds[0].revents);
     }
     atomic_store(&connection->lost, true);
+    if (!connection_alive(connection))
+        shutdown(connection->socket, SHUT_RDWR);    /* else our descriptor would keep it open */
     return NULL;
 }
 
@@ -511,6 +517,8 @@ static void close_connection(struct connection *connection)
     if (connection->handle && connection_alive(connection))
         nbd_aio_disconnect(connection->handle, 0);
     nbd_close(connection->handle);
+    if (connection->socket >= 0)
+        close(connection->socket);
     if (connection->wake >= 0)
         close(connection->wake);
 }
@@ -576,6 +584,7 @@ static int connect_next(struct nbd_node *nbd, const char *uri, char **message)
 {
     struct connection *connection = &nbd->connections[nbd->connection_count++];
 
+    connection->socket = -1;
     connection->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (connection->wake < 0)
         return open_failed(message, errno, "cannot make an event descriptor: %s", strerror(errno));
@@ -584,6 +593,9 @@ static int connect_next(struct nbd_node *nbd, const char *uri, char **message)
         nbd_add_meta_context(connection->handle, LIBNBD_CONTEXT_BASE_ALLOCATION) == -1 ||
         nbd_connect_uri(connection->handle, uri) == -1)
         return libnbd_failed(message);
+    connection->socket = fcntl(nbd_aio_get_fd(connection->handle), F_DUPFD_CLOEXEC, 0);
+    if (connection->socket < 0)
+        return open_failed(message, errno, "cannot duplicate the connection's descriptor: %s", strerror(errno));
     return 0;
 }
 
@@ -661,6 +673,23 @@ int nb_nbd_open(const char *uri, uint32_t connections, uint32_t flags, struct no
     }
     *out = &nbd->node;
     return 0;
+}
+
+void nb_nbd_abort(struct node *node)
+{
+    struct nbd_node *nbd;
+
+    while (node && node->ops != &nbd_ops)
+        node = node->file;
+    if (!node)
+        return;
+    nbd = nbd_of(node);
+    for (uint32_t i = 0; i < nbd->connection_count; i++) {
+        atomic_store(&nbd->connections[i].lost, true);
+        /* The poller wakes to an end of file, and libnbd fails what is in flight.  This fails only for a connection
+         * that the server has closed. */
+        shutdown(nbd->connections[i].socket, SHUT_RDWR);
+    }
 }
 
 void nb_string_free(char *s)

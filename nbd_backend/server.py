@@ -63,6 +63,9 @@ PATIENCE_SECONDS = 5.0
 """How long clients may take to fetch their replies before the process ends without them."""
 STOP_SECONDS = 75
 """When the process is killed that has not ended by itself; below systemd's 90 s."""
+HANG_SECONDS = 30
+"""How long the end waits for other servers, of NBD nodes, before it goes on without them. What guests wrote
+may depend on them, so they get most of the time there is."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 log = logging.getLogger(__name__)
 
@@ -168,6 +171,7 @@ class Backend:
                 self._announce(context)
                 self._ready.set()
                 await self._stopping.wait()
+                self._loop.call_later(HANG_SECONDS, context.graph.cut_off_all)
                 self._clients_left = not await self._end_clients(listeners, context)
             except _START_ERRORS as error:
                 self._failure = _one_line(error)

@@ -14,6 +14,7 @@ guests overwrite, until the job is cancelled.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 from collections.abc import Iterator
@@ -48,7 +49,7 @@ __all__ = ["BackupJob", "BackupOptions", "BackupTuning", "CbwOnError", "check_op
 
 log = logging.getLogger(__name__)
 
-MIN_KEPT = 4 << 10
+MIN_KEPT = int(os.environ.get("NBK", "4096"))
 MOST_BITS = 1 << 26
 MIN_CLUSTER = 64 << 10
 MAX_CLUSTER = 64 << 20
@@ -58,6 +59,8 @@ MAX_WORKERS = 64
 DEFAULT_CHUNK = 1 << 20
 MAX_CHUNK = 16 << 20
 NO_SCRATCH = -1
+CANCEL_GRACE = 2.0
+"""Seconds that a target at another server has for what is in flight when the backup is cancelled."""
 _SOURCE, _TARGET = "backup source", "backup target"
 Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 Size = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
@@ -162,7 +165,7 @@ class BackupJob(BlockJob):
 
     def _claim_nodes(self) -> None:
         if self._owns_target:
-            self._taken.push_async_callback(self._graph.remove, self._target.name)
+            self._taken.push_async_callback(self._remove_target)
         sharing = READ | {Access.WRITE, Access.WRITE_UNCHANGED}
         self._claim(self._source, _SOURCE, uses=READ, shares=sharing)
         self._claim(self._target, _TARGET, uses=frozenset({Access.WRITE}), shares=READ)
@@ -299,8 +302,18 @@ class BackupJob(BlockJob):
             raise self._broken
 
     def on_cancel(self, force: bool) -> None:
-        """End the slice in flight early."""
+        """End the slice in flight early; without its target if that takes long."""
         self._hurry()
+        asyncio.get_running_loop().call_later(CANCEL_GRACE, self._give_up_stuck_target)
+
+    def _give_up_stuck_target(self) -> None:
+        """Whoever waits for the target gets an error, if it is at another server and no guest uses it."""
+        if self.started and not self.run_over and self._graph.cut_off(self._target):
+            self._graph.tell_loss(self._target)
+            log.error(
+                "backup '%s' is cancelled, but its target '%s' does not answer: it is given up",
+                self.name, self._target.name,
+            )  # fmt: skip
 
     def _hurry(self) -> None:
         if self._copier is not None:
@@ -341,6 +354,20 @@ class BackupJob(BlockJob):
                 "backup '%s' is complete, but its target '%s' could not be flushed: %s",
                 self.name, self._target.name, os.strerror(error),
             )  # fmt: skip
+
+    def abort(self) -> None:
+        """Nobody relies on the target now: its user hears that the backup failed or is cancelled."""
+        meant = self.force_cancelled and self._options.sync == "none"  # its only end
+        if self.started and not meant:
+            self._graph.tell_loss(self._target)
+
+    async def _remove_target(self) -> None:
+        """Remove the job's own target even if its flush fails, which fails the job if nothing else has."""
+        try:
+            await self._graph.remove(self._target.name)
+        except KernelError:
+            await self._graph.remove(self._target.name)
+            raise
 
     async def clean(self) -> None:
         """Give back what was taken, the last first, as far as `set_up` went. A second call does nothing."""

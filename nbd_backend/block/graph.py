@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import re
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
@@ -30,6 +31,12 @@ from nbd_backend.block.security import PathPolicy
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9\-._]*")
 _MAX_NAME = 31
+log = logging.getLogger(__name__)
+
+
+_REMOVE_AGAIN = (
+    "what was written to it last may be lost; once more, blockdev-del removes it even if that fails again"
+)
 
 
 class Root:
@@ -123,14 +130,56 @@ class Graph:
     async def remove(self, name: str) -> None:
         """Flush and close a node that blockdev-add made and nobody uses, with the children that only it uses.
 
-        Raises BlockError when it is in use, and KernelError when the flush fails; the node stays then.
+        Raises BlockError when it is in use, and KernelError when the flush fails; the node stays then. That
+        is told once: when the flush fails again, it is logged and the node removed, else a node whose server
+        or disk is gone could never be.
         """
         node = self._removable(name)
         if not node.read_only:
-            await self.ring.run(node.handle.start_flush, f"Could not flush node '{name}'")
+            if failed := await self._flush_or_tell(node, hint=_REMOVE_AGAIN):
+                raise failed
             node = self._removable(name)  # somebody may have come while it flushed
         node.owned = False
         await self.drop(node)
+
+    async def _flush_or_tell(self, node: BlockNode, *, hint: str = "") -> KernelError | None:
+        """Flush; the failure that the user is to be told of, which he counts as told from now on."""
+        try:
+            await self.ring.run(node.handle.start_flush, f"Could not flush node '{node.name}'")
+        except KernelError as error:
+            if not node.loss_told:
+                self.tell_loss(node)
+                return KernelError(f"Could not flush node '{node.name}'", error.errno, hint=hint)
+            log.warning("%s; the node is removed without", error)
+        return None
+
+    def tell_loss(self, node: BlockNode) -> None:
+        """Take note that a user was told that what was written to `node` may be lost: its flush may fail now
+        without another error. Holds until somebody wants to write to it again.
+        """
+        node.loss_told = True
+        if node.file is not None and node.file.parents == [node]:
+            self.tell_loss(node.file)
+
+    def cut_off(self, node: BlockNode) -> bool:
+        """Give up the NBD server below `node`, if there is one, for good: whoever waits for it gets an error.
+
+        Nothing happens, and False is returned, when a guest can reach that server.
+        """
+        bottom = node
+        while bottom.file is not None:
+            bottom = bottom.file
+        if bottom.driver != "nbd" or self.exports_above([bottom]):
+            return False
+        bottom.handle.abort_nbd()
+        return True
+
+    def cut_off_all(self) -> None:
+        """Give up all NBD servers, when the end cannot wait for them any longer."""
+        for node in [*self._nodes.values(), *self._closing]:
+            if node.driver == "nbd":
+                log.error("node '%s': server '%s' is given up", node.name, node.filename)
+                node.handle.abort_nbd()
 
     def _removable(self, name: str) -> BlockNode:
         node = self._nodes.get(name)
@@ -188,16 +237,14 @@ class Graph:
         return children
 
     async def close(self) -> None:
-        """Flush and close everything; exports and jobs must be gone. The first flush that fails is raised at
-        the end.
+        """Flush and close everything; exports and jobs must be gone. The first flush that fails, of a node
+        whose user was not told yet, is raised at the end.
         """
         failed: KernelError | None = None
         for node in self.nodes():
             if node.owned and not node.read_only:
-                try:
-                    await self.ring.run(node.handle.start_flush, f"Could not flush node '{node.name}'")
-                except KernelError as error:
-                    failed = failed or error
+                error = await self._flush_or_tell(node)
+                failed = failed or error
         for node in self.nodes():
             node.owned = False
         for node in self.nodes():

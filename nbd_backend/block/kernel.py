@@ -263,6 +263,13 @@ class Node(_Handle):
         """Replace the backing child; every export above must be drained. Loop."""
         _check(_lib.nb_node_set_backing(self.pointer, _pointer(backing)), "cannot replace the backing node")
 
+    def abort_nbd(self) -> None:
+        """Fail everything in flight, and all that follows, on the connections of the NBD node that this is or
+        reaches through file children; nothing without one, or when closed. Any thread.
+        """
+        if self._pointer is not None:
+            _lib.nb_nbd_abort(self._pointer)
+
     def pread(self, count: int, offset: int) -> bytes:
         """Read exactly `count` bytes. Any thread; blocks."""
         buffer = _ffi.new("char[]", count)

@@ -32,6 +32,7 @@ class BlockNode:
 
     `children` are by role ("file", "backing"), `parents` the nodes that have it as a child. `owned` says that
     blockdev-add made it (and blockdev-del may remove it); other nodes go with their last parent.
+    `loss_told` says that its user knows that what was written to it may be lost (`Graph.tell_loss`).
     """
 
     name: str
@@ -53,6 +54,7 @@ class BlockNode:
     owned: bool = False
     filter_above: BlockNode | None = None
     retired: bool = False
+    loss_told: bool = False
 
     def __repr__(self) -> str:
         return f"<BlockNode {self.name}: {self.driver} {self.filename}>"

@@ -112,6 +112,8 @@ class Permissions:
         for claim in self._claims.get(node.name, ()):
             _refuse_conflict(node, holder, uses - claim.shares, claim, required_by_holder=True)
             _refuse_conflict(node, holder, claim.uses - shares, claim, required_by_holder=False)
+        if Access.WRITE in uses:
+            node.loss_told = False  # from now on there is something new to lose
         permission = Permission(holder, uses, shares, lambda claim: self._forget(node.name, claim))
         self._claims.setdefault(node.name, []).append(permission)
         return permission

@@ -72,7 +72,8 @@ def structure(text: str) -> dict[str, Any]:
     return result
 
 
-_TEXT_KEYS = {"filename", "id", "name", "node-name", "description", "path", "host", "port", "uri", "export"}
+TEXT_KEYS = {"filename", "id", "name", "node-name", "description", "path", "host", "port", "uri", "export"}
+"""Members that are text, although their values may look like numbers."""
 _BOOLEANS = {"on": True, "true": True, "off": False, "false": False}
 
 
@@ -92,4 +93,4 @@ def _insert(result: dict[str, Any], dotted: str, raw: str) -> None:
             raise ValueError(f"'{step}' is given as a value and, by '{dotted}', as a group")
     if key in where:
         raise ValueError(f"'{dotted}' is given twice")
-    where[key] = raw if key in _TEXT_KEYS else scalar(raw)
+    where[key] = raw if key in TEXT_KEYS else scalar(raw)

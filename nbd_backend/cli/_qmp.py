@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from qemu.qmp import ConnectError, EventListener, ExecInterruptedError, ExecuteError, Message, QMPClient
 
 from . import CliError, _paths
-from ._parser import scalar
+from ._parser import TEXT_KEYS, scalar
 
 T = TypeVar("T")
 
@@ -130,8 +130,10 @@ def talk(arguments: argparse.Namespace, conversation: Callable[[Session], Awaita
 
 
 def parse_arguments(words: list[str]) -> dict[str, Any]:
-    """A command's arguments from ``key=value`` words: values are JSON where they are valid JSON, else text.
+    """A command's arguments from ``key=value`` words.
 
+    Objects, lists and quoted strings are JSON; numbers and booleans are recognised, except in names, paths
+    and ports; what is left is text.
     A dot in a key leads into an object. Raises CliError (usage) for a word that is not key=value.
     """
     result: dict[str, Any] = {}
@@ -145,14 +147,14 @@ def parse_arguments(words: list[str]) -> dict[str, Any]:
             where = where.setdefault(step, {})
             if not isinstance(where, dict):
                 raise CliError(f"'{step}' is given as a value and, by '{dotted}', as a group", 2)
-        where[key] = _value(raw)
+        where[key] = _value(key, raw)
     return result
 
 
-def _value(raw: str) -> Any:
+def _value(key: str, raw: str) -> Any:
     if raw[:1] in {"{", "[", '"'}:
         try:
             return json.loads(raw)
         except ValueError as error:
             raise CliError(f"not valid JSON: {error}: {raw}", 2) from error
-    return scalar(raw)
+    return raw if key in TEXT_KEYS else scalar(raw)

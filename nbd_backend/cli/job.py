@@ -56,9 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         return made
 
     start = action("start", "start a job", start_job)
-    start.add_argument(
-        "type", metavar="TYPE", help="backup, or another type that the server has"
-    )
+    start.add_argument("type", metavar="TYPE", help="backup, or another type that the server has")
     start.add_argument("words", nargs="*", metavar="KEY=VALUE", help="the command's arguments")
     start.add_argument("--watch", action="store_true", help="follow it to its end")
     listing = action("list", "show all jobs", list_jobs)

@@ -140,18 +140,18 @@ def _check_tls(arguments: argparse.Namespace) -> None:
         return
     if not (arguments.tls_certificates or arguments.tls_psk):
         raise CliError(f"--tls {arguments.tls} needs --tls-certificates DIR or --tls-psk FILE", 2)
-    needed = [arguments.tls_psk] if arguments.tls_psk else []
+    needed = [Path(arguments.tls_psk)] if arguments.tls_psk else []
     if arguments.tls_certificates:
-        needed += [os.path.join(arguments.tls_certificates, name) for name in _CERTIFICATES]
+        needed += [Path(arguments.tls_certificates, name) for name in _CERTIFICATES]
     for path in needed:
-        with open(path, "rb"):  # whoever cannot read it learns so before anything is bound
+        with path.open("rb"):  # raises OSError, which names the file, before anything is bound
             pass
 
 
 def _check_scratch_dir(path: str | None) -> None:
     if path is None:
         return
-    if not os.path.isdir(path):
+    if not Path(path).is_dir():
         raise CliError(f"--scratch-dir {path}: not a directory")
     if not os.access(path, os.W_OK | os.X_OK):
         raise CliError(f"--scratch-dir {path}: no permission to make files there")

@@ -85,6 +85,19 @@ def test_watching_a_cancelled_job_fails(server: NbdBackend, tmp_path: Path) -> N
     assert "job b0: cancelled" in printed
 
 
+def test_watching_a_job_that_is_over_tells_its_end(server: NbdBackend, tmp_path: Path) -> None:
+    command(server, *backup_to(tmp_path / "backup.qcow2", "auto-dismiss=false", "--watch"))
+    assert "job b0: done" in command(server, "job", "watch", "b0")
+    command(server, "job", "dismiss", "b0")
+
+
+def test_unknown_job_and_type_are_named(server: NbdBackend) -> None:
+    unknown = command(server, "job", "pause", "b9", expect=1)
+    assert unknown == "nbd-backend: job: 'b9': Job not found; `nbd-backend job list` shows all jobs\n"
+    no_type = command(server, "job", "start", "mirror", "device=sda", "target=sdb", expect=1)
+    assert no_type == "nbd-backend: job: this server has no jobs of type 'mirror'\n"
+
+
 def test_one_qmp_command(server: NbdBackend) -> None:
     assert json.loads(command(server, "qmp", "query-jobs")) == []
     assert "The command nope has not been found" in command(server, "qmp", "nope", expect=1)

@@ -227,3 +227,25 @@ def test_tls_files_without_tls_are_refused(image: Path, tmp_path: Path) -> None:
     assert status == 2
     assert error == "nbd-backend: serve: --tls-psk has no effect without --tls on or --tls require\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk.qcow2"]
+
+
+def test_tls_without_keys_is_refused(image: Path, tmp_path: Path) -> None:
+    status, error = fails(image, *sockets_in(tmp_path), "--tls", "on")
+    assert status == 2
+    assert error == "nbd-backend: serve: --tls on needs --tls-certificates DIR or --tls-psk FILE\n"
+
+
+@pytest.mark.parametrize(
+    ("option", "missing"), [("--tls-certificates", "keys/ca-cert.pem"), ("--tls-psk", "keys")]
+)
+def test_missing_tls_file_is_named_and_nothing_is_left(
+    image: Path, tmp_path: Path, option: str, missing: str
+) -> None:
+    status, error = fails(image, *sockets_in(tmp_path), "--tls", "require", option, tmp_path / "keys")
+    assert (status, error) == (1, f"nbd-backend: serve: {tmp_path / missing}: No such file or directory\n")
+    assert [path.name for path in tmp_path.iterdir()] == [image.name]
+
+
+def test_scratch_directory_that_is_none_is_refused_at_the_start(image: Path, tmp_path: Path) -> None:
+    status, error = fails(image, *sockets_in(tmp_path), "--scratch-dir", image)
+    assert (status, error) == (1, f"nbd-backend: serve: --scratch-dir {image}: not a directory\n")

@@ -678,6 +678,104 @@ static void a_server_that_dies_while_it_is_sent_to(void)
     unlink(LOG);
 }
 
+/* ---- a server that hangs ---- */
+
+static void *flush_once(void *arg)
+{
+    struct worker *worker = arg;
+
+    worker->result = nb_node_flush(worker->node);
+    return NULL;
+}
+
+/* Wait until the process is stopped. */
+static void stop_process(pid_t pid)
+{
+    int status;
+
+    kill(pid, SIGSTOP);
+    CHECK_INT(waitpid(pid, &status, WUNTRACED), pid);
+    CHECK(WIFSTOPPED(status));
+}
+
+static int sockets_open(void)
+{
+    int count = 0, domain;
+    socklen_t length = sizeof domain;
+
+    for (int fd = 3; fd < 1024; fd++)
+        count += getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &length) == 0;
+    return count;
+}
+
+static void abort_fails_what_a_hanging_server_holds(uint32_t connections, void *(*request)(void *))
+{
+    int threads = thread_count(), sockets = sockets_open();
+    pid_t server = start_server("memory", "8M", NULL);
+    struct node *node = connect_node(connections, 0), *raw;
+    struct worker workers[WORKERS];
+    uint64_t begin;
+    char byte;
+
+    CHECK_OK(nb_raw_open(node, 0, 0, 0, &raw));
+    stop_process(server);
+    run_workers(workers, raw, request);
+    usleep(20000);              /* most are in flight by then; the others must fail as well */
+    begin = now_ms();
+    nb_nbd_abort(raw);
+    join_workers(workers, -ECONNRESET);
+    CHECK_INT(nb_node_pread(raw, &byte, 1, 0), -ECONNRESET);
+    CHECK_INT(nb_node_flush(node), -ECONNRESET);
+    CHECK(now_ms() - begin < 5000);
+    kill(server, SIGCONT);
+    CHECK_INT(nb_node_pread(raw, &byte, 1, 0), -ECONNRESET);
+    nb_nbd_abort(raw);
+    nb_node_unref(raw);
+    nb_node_unref(node);
+    CHECK_INT(thread_count(), threads);
+    CHECK_INT(sockets_open(), sockets);
+    stop_server(server, SIGTERM);
+}
+
+static void abort_fails_what_waits_for_an_answer(void)
+{
+    abort_fails_what_a_hanging_server_holds(1, flush_once);
+    abort_fails_what_a_hanging_server_holds(3, flush_once);
+}
+
+static void abort_fails_what_waits_to_be_sent(void)
+{
+    abort_fails_what_a_hanging_server_holds(1, write_until_it_fails);
+    abort_fails_what_a_hanging_server_holds(3, write_until_it_fails);
+}
+
+static void abort_is_for_one_node(void)
+{
+    pid_t server = start_server("memory", "1M", NULL);
+    struct node *given_up = connect_node(1, 0), *other = connect_node(1, 0);
+    char byte;
+
+    nb_nbd_abort(given_up);
+    CHECK_INT(nb_node_pread(given_up, &byte, 1, 0), -ECONNRESET);
+    CHECK_OK(nb_node_pread(other, &byte, 1, 0));
+    nb_node_unref(given_up);
+    nb_node_unref(other);
+    stop_server(server, SIGTERM);
+}
+
+static void abort_leaves_other_drivers_alone(void)
+{
+    struct node *null, *raw;
+    char byte;
+
+    CHECK_OK(nb_null_open(1 << 20, 0, true, 0, &null));
+    CHECK_OK(nb_raw_open(null, 0, 0, 0, &raw));
+    nb_nbd_abort(raw);
+    CHECK_OK(nb_node_pread(raw, &byte, 1, 0));
+    nb_node_unref(raw);
+    nb_node_unref(null);
+}
+
 int main(void)
 {
     RUN(data_written_is_read_back);
@@ -706,5 +804,9 @@ int main(void)
     RUN(a_dead_server_on_several_connections);
     RUN(requests_go_on_over_the_connections_that_are_left);
     RUN(a_server_that_dies_while_it_is_sent_to);
+    RUN(abort_fails_what_waits_for_an_answer);
+    RUN(abort_fails_what_waits_to_be_sent);
+    RUN(abort_is_for_one_node);
+    RUN(abort_leaves_other_drivers_alone);
     return EXIT_SUCCESS;
 }

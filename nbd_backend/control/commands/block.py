@@ -128,7 +128,12 @@ async def blockdev_add(context: Context, arguments: msgspec.Struct) -> None:
 
 @command("blockdev-del", arguments=NodeName, since="2.9")
 async def blockdev_del(context: Context, arguments: NodeName) -> None:
-    """Flush and close a node that nobody uses, with the children that only it uses."""
+    """Flush and close a node that nobody uses, with the children that only it uses.
+
+    When the flush fails (its server is gone, its disk is full) the node stays, and the error says that what
+    was written last may be lost. That is said once: the next blockdev-del removes the node even if its flush
+    fails again, as does the first one for the target of a backup that failed or was cancelled.
+    """
     await context.graph.remove(arguments.node_name)
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
+import os
+import signal
 import struct
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +225,89 @@ async def test_removing_a_node_flushes_it_and_a_failed_flush_keeps_it() -> None:
         assert graph.find("faulty") is not None
         await graph.remove("faulty")
         assert graph.nodes() == []
+
+
+def unflushable() -> dict[str, Any]:
+    rules = [{"operations": ["flush"], "errno": "EIO"}]
+    return {"driver": "error-inject", "node-name": "faulty", "file": null("inner"), "rules": rules}
+
+
+@both_loops
+async def test_a_node_that_can_never_be_flushed_goes_at_the_second_attempt() -> None:
+    async with new_graph() as graph:
+        await graph.add(unflushable())
+        with pytest.raises(KernelError) as failed:
+            await graph.remove("faulty")
+        assert "once more, blockdev-del removes it" in failed.value.hint
+        await graph.remove("faulty")
+        assert graph.nodes() == []
+
+
+@both_loops
+async def test_whoever_writes_again_is_told_of_the_loss_again() -> None:
+    async with new_graph() as graph:
+        node = await graph.add(unflushable())
+        graph.tell_loss(node)
+        exports = Exports(graph)
+        exports.add("e", None, node, writable=True)
+        await exports.close()
+        with pytest.raises(KernelError):
+            await graph.remove("faulty")
+
+
+@both_loops
+async def test_the_end_fails_by_a_loss_that_nobody_was_told_of() -> None:
+    async with new_graph() as graph:
+        await graph.add(unflushable())
+        with pytest.raises(KernelError, match="Could not flush node 'faulty'"):
+            await graph.close()
+    async with new_graph() as graph:
+        graph.tell_loss(await graph.add(unflushable()))
+        await graph.close()
+        assert graph.nodes() == []
+
+
+@contextmanager
+def nbd_server(directory: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """A disk at another server: blockdev-add's options, and the server's process id."""
+    path = directory / "nbd.sock"
+    with subprocess.Popen(["nbdkit", "-f", "-U", str(path), "memory", str(MIB)]) as remote:
+        try:
+            while not path.exists():
+                assert remote.poll() is None
+            server = {"type": "unix", "path": str(path)}
+            yield {"driver": "nbd", "node-name": "remote", "server": server}, remote.pid
+        finally:
+            remote.kill()
+
+
+@both_loops
+async def test_the_end_can_go_on_without_a_server_that_hangs(tmp_path: Path) -> None:
+    with nbd_server(tmp_path) as (options, pid):
+        async with new_graph() as graph:
+            await graph.add({"driver": "raw", "node-name": "top", "file": options})
+            os.kill(pid, signal.SIGSTOP)
+            closing = asyncio.ensure_future(graph.close())
+            await asyncio.sleep(0)  # the flush has begun
+            graph.cut_off_all()
+            with pytest.raises(KernelError, match="Could not flush node 'top': Connection reset"):
+                await closing
+
+
+@both_loops
+async def test_a_server_that_a_guest_uses_is_not_cut_off(tmp_path: Path) -> None:
+    with nbd_server(tmp_path) as (options, _):
+        async with new_graph() as graph:
+            node = await graph.add({"driver": "raw", "node-name": "top", "file": options})
+            exports = Exports(graph)
+            exports.add("e", None, node)
+            assert not graph.cut_off(node)
+            assert node.handle.pread(1, 0) == b"\0"
+            await exports.close()
+            assert graph.cut_off(node)
+            with pytest.raises(KernelError, match="Connection reset"):
+                node.handle.pread(1, 0)
+            graph.tell_loss(node)
 
 
 @both_loops

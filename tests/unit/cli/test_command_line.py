@@ -245,3 +245,8 @@ def test_graph_for_graphviz_names_every_edge_once() -> None:
         '  "export f" -> "sda";',
         '  "sda" -> "#block1";',
     ]
+
+
+def test_ports_and_names_stay_text_in_arguments() -> None:
+    words = ["addr.data.port=10809", "id=7", "speed=7"]
+    assert parse_arguments(words) == {"addr": {"data": {"port": "10809"}}, "id": "7", "speed": 7}
