@@ -59,6 +59,7 @@ struct step {
     struct saved *saved;               /* an entry of the store, or NULL: the claim */
     struct claim claim;
     uint64_t piece;                    /* most bytes to read at once */
+    uint64_t pause;                    /* ns to sleep after each read */
     uint64_t reserved;                 /* taken from the slice's budget */
     /* The outcome. */
     uint64_t done;                     /* bytes of todo or store that were dealt with */
@@ -106,7 +107,8 @@ struct copier {
     unsigned active, queued;           /* workers in a step; tasks that wait for a thread */
     bool standby;                      /* a standby is queued or alive */
     uint64_t steps;                    /* finished */
-    uint64_t guest_seen;               /* when a guest's request was last seen in flight */
+    uint64_t guest_activity;           /* export_guest_activity when it was last looked at */
+    uint64_t guest_seen;               /* when that had changed */
     struct buffer *buffers;            /* free ones, of buffer_size each */
 };
 
@@ -135,31 +137,35 @@ static uint64_t round_up(const struct copier *copier, uint64_t bytes)
 /* ---- the policy: guests first ---- */
 
 enum {
-    GUEST_CHUNK = 256 * 1024,      /* bytes read at once while guests are active: short holds of disk and processor */
-    CPUS_PER_WORKER = 2            /* while guests are active */
+    GUEST_CHUNK = 128 * 1024,     /* bytes read at once while guests are active: short holds of disk and processor */
+    CPUS_PER_WORKER = 2,           /* while guests are active */
+    GUEST_PAUSE = 60 * 1000        /* ns between two reads, while guests are active */
 };
 
-static const uint64_t GUEST_MEMORY = 10 * MILLISECOND;    /* so long after its last request a guest counts as active */
+static const uint64_t GUEST_MEMORY = 50 * MILLISECOND;    /* so long after its last request a guest counts as active */
 static const uint64_t STANDBY_TICK = 25 * MILLISECOND;    /* without a step for so long the background is starved */
 
 struct pace {
     unsigned workers;
-    uint64_t chunk;
+    uint64_t chunk, pause;
 };
 
 /* How many workers may be in flight now and how much each may take at once. */
 static struct pace pace_locked(struct copier *copier, uint64_t now)
 {
-    struct pace full = { copier->options.max_workers, copier->options.chunk };
+    struct pace full = { copier->options.max_workers, copier->options.chunk, 0 };
     if (!copier->options.background)
         return full;
-    if (export_guest_requests())
+    uint64_t activity = export_guest_activity();
+    if (activity != copier->guest_activity) {
+        copier->guest_activity = activity;
         copier->guest_seen = now;
-    if (!copier->guest_seen || now - copier->guest_seen > GUEST_MEMORY)
+    }
+    if (now - copier->guest_seen > GUEST_MEMORY)
         return full;
     long cpus = sysconf(_SC_NPROCESSORS_ONLN);
     unsigned workers = cpus > CPUS_PER_WORKER ? (unsigned)cpus / CPUS_PER_WORKER : 1;
-    return (struct pace) { (unsigned)least(workers, full.workers), least(GUEST_CHUNK, full.chunk) };
+    return (struct pace) { (unsigned)least(workers, full.workers), least(GUEST_CHUNK, full.chunk), GUEST_PAUSE };
 }
 
 /* ---- buffers: page aligned, reused between steps, given back to the system when a slice leaves nothing to do ---- */
@@ -333,6 +339,14 @@ static int data_run(struct copier *copier, uint64_t at, uint64_t end, uint64_t l
     return 0;
 }
 
+/* Leave the processor to guests for a moment.  SCHED_IDLE alone does not: a kernel without full preemption lets the
+ * worker go on until the next timer tick, up to 4 ms, which a guest's request then waits. */
+static void give_way(const struct step *step)
+{
+    if (step->pause)
+        nanosleep(&(struct timespec) { 0, (long)step->pause }, NULL);
+}
+
 static bool copy_data(struct copier *copier, struct step *step, char **buffer, uint64_t offset, uint64_t count)
 {
     if (!*buffer)
@@ -343,7 +357,9 @@ static bool copy_data(struct copier *copier, struct step *step, char **buffer, u
     if (err)
         return fail(step, err, NB_SIDE_SOURCE, offset);
     step->moved += count;
-    return deliver(copier, step, *buffer, offset, count);
+    bool ok = deliver(copier, step, *buffer, offset, count);
+    give_way(step);
+    return ok;
 }
 
 static bool copy_claim(struct copier *copier, struct step *step, char **buffer)
@@ -471,6 +487,7 @@ static bool next_step_locked(struct copier *copier, struct step *step, bool stan
         return false;
     }
     step->piece = least(pace.chunk, least(slice->budget, MAX_STRIDE) + MIN_CHUNK - 1) & ~(uint64_t)(MIN_CHUNK - 1);
+    step->pause = standby ? 0 : pace.pause;
     if (standby)
         step->piece = least(step->piece, GUEST_CHUNK);
     step->saved = copier->cbw ? cbw_take(copier->cbw) : NULL;

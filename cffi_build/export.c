@@ -200,12 +200,17 @@ void nb_export_counters(struct export *exp, struct nb_counters *out)
     };
 }
 
-unsigned export_guest_requests(void)
+uint64_t export_guest_activity(void)
 {
-    unsigned sum = 0;
+    uint64_t sum = 0;
     pthread_mutex_lock(&registry.lock);
     for (struct export *exp = registry.first; exp; exp = exp->next)
-        sum += in_flight(exp);
+        for (int i = 0; i < SHARDS; i++) {
+            struct shard *shard = &exp->shards[i];
+            sum += atomic_load_explicit(&shard->in_flight, memory_order_relaxed);
+            for (int c = 0; c < COUNTERS; c++)
+                sum += atomic_load_explicit(&shard->counters[c], memory_order_relaxed);
+        }
     pthread_mutex_unlock(&registry.lock);
     return sum;
 }

@@ -77,8 +77,9 @@ int file_current_size(const struct node *node, uint64_t *size);
 
 #define container_of(ptr, type, member) ((type *)((char *)(ptr) - offsetof(type, member)))
 
-/* Guest requests in flight over all exports, to let background work step back.  Any thread; cheap. (export.c) */
-unsigned export_guest_requests(void);
+/* A number that changes whenever a guest's request, on any export, begins or ends; for background work to step back
+ * while guests are active.  Any thread; a few hundred loads. (export.c) */
+uint64_t export_guest_activity(void);
 
 /* Post an event to the loop; never blocks, never drops (aborts without memory).  Any thread. (ring.c) */
 void ring_post(uint32_t kind, int error, uint64_t token, uint64_t a, uint64_t b, uint64_t c);

@@ -49,12 +49,11 @@ __all__ = ["BackupJob", "BackupOptions", "BackupTuning", "CbwOnError", "check_op
 
 log = logging.getLogger(__name__)
 
-MIN_KEPT = int(os.environ.get("NBK", "4096"))
-MOST_BITS = 1 << 26
 MIN_CLUSTER = 64 << 10
 MAX_CLUSTER = 64 << 20
-DEFAULT_MEMORY = 64 << 20
-DEFAULT_WORKERS = 4
+DEFAULT_MEMORY = 128 << 20
+LOCAL_WORKERS = 2
+REMOTE_WORKERS = 8
 MAX_WORKERS = 64
 DEFAULT_CHUNK = 1 << 20
 MAX_CHUNK = 16 << 20
@@ -70,10 +69,13 @@ OptionsType = type[msgspec.Struct]  # named here because the attribute `type` be
 
 
 class BackupTuning(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
-    """x-perf: how hard the background copy works. Sizes in bytes; ``max-chunk`` 0 is no limit."""
+    """x-perf: how hard the background copy works. Sizes in bytes; ``max-chunk`` 0 is no limit.
+
+    ``max-workers`` is by default 2 for a local target and 8 for one at another server.
+    """
 
     use_copy_range: bool = False
-    max_workers: Int64 = DEFAULT_WORKERS
+    max_workers: Int64 | msgspec.UnsetType = msgspec.UNSET
     max_chunk: Int64 = 0
     min_cluster_size: Size = 0
 
@@ -132,7 +134,7 @@ class BackupJob(BlockJob):
         self._graph = graph
         self._options = options
         self._source, self._target = source, target
-        self._cluster_size = _cluster_size(options, source, target)
+        self._cluster_size = _cluster_size(options, target)
         _check_store(options, self._cluster_size)
         self._scratch_dir = scratch_dir
         self._owns_target = owns_target
@@ -245,7 +247,7 @@ class BackupJob(BlockJob):
         tuning = self._options.x_perf
         chunk = min(tuning.max_chunk, MAX_CHUNK) if tuning.max_chunk else DEFAULT_CHUNK
         options = CopierOptions(
-            max_workers=min(tuning.max_workers, MAX_WORKERS),
+            max_workers=min(_workers(tuning, self._target), MAX_WORKERS),
             chunk=max(self._cluster_size, chunk // self._cluster_size * self._cluster_size),
             target_is_zero=zero,
             detect_zeroes=False,
@@ -389,7 +391,8 @@ def check_options(options: BackupOptions, target: str) -> None:
     tuning = options.x_perf
     if options.compress:
         raise JobError(f"Compression is not supported for this drive {target}")
-    if not 1 <= tuning.max_workers <= 2**31 - 1:
+    workers = tuning.max_workers
+    if not isinstance(workers, msgspec.UnsetType) and not 1 <= workers <= 2**31 - 1:
         raise JobError("max-workers must be between 1 and 2147483647")
     if tuning.max_chunk < 0:
         raise JobError("max-chunk must be zero (which means no limit) or positive")
@@ -399,20 +402,21 @@ def check_options(options: BackupOptions, target: str) -> None:
         raise JobError(f"min-cluster-size too large: {tuning.min_cluster_size} > {MAX_CLUSTER}")
 
 
-def _cluster_size(options: BackupOptions, source: BlockNode, target: BlockNode) -> int:
-    """Bytes that are kept at once when a guest changes any of them.
+def _cluster_size(options: BackupOptions, target: BlockNode) -> int:
+    """Bytes that are kept at once when a guest changes any of them."""
+    return max(MIN_CLUSTER, target.info.cluster_size or 0, options.x_perf.min_cluster_size)
 
-    A full backup writes all of the target in the end, in whatever pieces: the smaller they are, the less a
-    guest's small write has to wait for; what bounds them is the memory for bitmaps (8 MiB each). Where the
-    target keeps showing something else in between, only whole clusters of it may be written.
-    """
-    if options.sync == "full":
-        smallest = MIN_KEPT
-        while source.size // smallest > MOST_BITS:
-            smallest *= 2
-    else:
-        smallest = max(MIN_CLUSTER, target.info.cluster_size or 0)
-    return max(smallest, options.x_perf.min_cluster_size)
+
+def _workers(tuning: BackupTuning, target: BlockNode) -> int:
+    """Copies in flight: two keep a local file busy, more disturb each other; a server far away needs more."""
+    if not isinstance(tuning.max_workers, msgspec.UnsetType):
+        return tuning.max_workers
+    node: BlockNode | None = target
+    while node is not None:
+        if node.driver == "nbd":
+            return REMOTE_WORKERS
+        node = node.file
+    return LOCAL_WORKERS
 
 
 def _check_nodes(source: BlockNode, target: BlockNode) -> None:

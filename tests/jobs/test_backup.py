@@ -459,10 +459,12 @@ def test_huge_numbers_are_bounded_rather_than_obeyed(tmp_path: Path, qmp: QmpCli
     assert "error" not in qmp.wait_event("BLOCK_JOB_COMPLETED")["data"]
 
 
-def test_a_scratch_directory_that_is_missing_is_named(tmp_path: Path) -> None:
+def test_a_scratch_directory_that_went_missing_is_named(tmp_path: Path) -> None:
     source, missing = make_source(tmp_path, "layer"), tmp_path / "missing"
+    missing.mkdir()
     server = NbdBackend(f"sda={source}", directory=tmp_path, options=["--scratch-dir", missing])
     with server as running, running.qmp() as qmp:
+        missing.rmdir()
         add_raw(qmp, tmp_path / "target")
         text = refusal(qmp, "blockdev-backup", job_id="j", device="sda", target="target", sync="full")
         assert f"Could not make a scratch file in '{missing}'" in text
