@@ -107,8 +107,8 @@ struct copier {
     unsigned active, queued;           /* workers in a step; tasks that wait for a thread */
     bool standby;                      /* a standby is queued or alive */
     uint64_t steps;                    /* finished */
-    uint64_t guest_activity;           /* export_guest_activity when it was last looked at */
-    uint64_t guest_seen;               /* when that had changed */
+    uint64_t guest_activity;           /* for export_guests_active */
+    uint64_t guest_seen;               /* when it last said yes */
     struct buffer *buffers;            /* free ones, of buffer_size each */
 };
 
@@ -156,11 +156,8 @@ static struct pace pace_locked(struct copier *copier, uint64_t now)
     struct pace full = { copier->options.max_workers, copier->options.chunk, 0 };
     if (!copier->options.background)
         return full;
-    uint64_t activity = export_guest_activity();
-    if (activity != copier->guest_activity) {
-        copier->guest_activity = activity;
+    if (export_guests_active(&copier->guest_activity))
         copier->guest_seen = now;
-    }
     if (now - copier->guest_seen > GUEST_MEMORY)
         return full;
     long cpus = sysconf(_SC_NPROCESSORS_ONLN);

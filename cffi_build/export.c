@@ -200,19 +200,21 @@ void nb_export_counters(struct export *exp, struct nb_counters *out)
     };
 }
 
-uint64_t export_guest_activity(void)
+bool export_guests_active(uint64_t *seen)
 {
-    uint64_t sum = 0;
+    uint64_t done = 0;
+    unsigned now = 0;
     pthread_mutex_lock(&registry.lock);
-    for (struct export *exp = registry.first; exp; exp = exp->next)
-        for (int i = 0; i < SHARDS; i++) {
-            struct shard *shard = &exp->shards[i];
-            sum += atomic_load_explicit(&shard->in_flight, memory_order_relaxed);
+    for (struct export *exp = registry.first; exp; exp = exp->next) {
+        now += in_flight(exp);
+        for (int i = 0; i < SHARDS; i++)
             for (int c = 0; c < COUNTERS; c++)
-                sum += atomic_load_explicit(&shard->counters[c], memory_order_relaxed);
-        }
+                done += atomic_load_explicit(&exp->shards[i].counters[c], memory_order_relaxed);
+    }
     pthread_mutex_unlock(&registry.lock);
-    return sum;
+    bool active = now || done != *seen;
+    *seen = done;
+    return active;
 }
 
 /* ---- gate ---- */

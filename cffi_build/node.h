@@ -77,9 +77,9 @@ int file_current_size(const struct node *node, uint64_t *size);
 
 #define container_of(ptr, type, member) ((type *)((char *)(ptr) - offsetof(type, member)))
 
-/* A number that changes whenever a guest's request, on any export, begins or ends; for background work to step back
- * while guests are active.  Any thread; a few hundred loads. (export.c) */
-uint64_t export_guest_activity(void);
+/* Is a guest's request in flight on any export, or has one ended since *seen, which is brought up to date?  For
+ * background work to step back while guests are active.  Any thread; a few hundred loads. (export.c) */
+bool export_guests_active(uint64_t *seen);
 
 /* Post an event to the loop; never blocks, never drops (aborts without memory).  Any thread. (ring.c) */
 void ring_post(uint32_t kind, int error, uint64_t token, uint64_t a, uint64_t b, uint64_t c);

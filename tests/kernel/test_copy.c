@@ -567,7 +567,7 @@ static void while_guests_are_active_background_copies_are_few_and_small(void)
     target->hook = count_writes;
     nb_bitmap_set(todo, 0, DISK);
     CHECK_INT(copy_slice(UINT64_MAX).a, DISK);
-    CHECK_INT(source->largest_read, 256 * 1024);
+    CHECK_INT(source->largest_read, 128 * 1024);
     long workers = sysconf(_SC_NPROCESSORS_ONLN) / 2;
     CHECK(atomic_load(&most_in_flight) <= (workers ? workers : 1) + 1);      /* one more: the standby */
     gate_open(&gate);

@@ -141,15 +141,20 @@ static void a_drain_waits_for_the_request_in_flight(void)
     struct image_file *disk = make_disk();
     struct export *exp = make_export(disk, true);
     pthread_t thread;
+    uint64_t seen = 0;
+    CHECK(!export_guests_active(&seen));
     disk->hook = stop_reads;
     CHECK_OK(pthread_create(&thread, NULL, read_once, exp));
     gate_await(&in_request, 1);
-    CHECK_INT(export_guest_activity() > 0, 1);
+    CHECK(export_guests_active(&seen));
+    CHECK(export_guests_active(&seen));      /* for as long as it is in flight */
     nb_export_close_gate(exp, 7);
     CHECK(!event_came(NB_EVENT_DRAINED, 7));
     gate_open(&in_request);
     wait_event(NB_EVENT_DRAINED, 7);
     CHECK_OK(pthread_join(thread, NULL));
+    CHECK(export_guests_active(&seen));      /* it has ended since */
+    CHECK(!export_guests_active(&seen));
     nb_export_open_gate(exp);
     drop(exp, disk);
 }

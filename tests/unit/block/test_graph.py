@@ -281,12 +281,18 @@ def nbd_server(directory: Path) -> Iterator[tuple[dict[str, Any], int]]:
             remote.kill()
 
 
+def freeze(pid: int) -> None:
+    """Stop a child, for certain."""
+    os.kill(pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, pid, os.WSTOPPED)
+
+
 @both_loops
 async def test_the_end_can_go_on_without_a_server_that_hangs(tmp_path: Path) -> None:
     with nbd_server(tmp_path) as (options, pid):
         async with new_graph() as graph:
             await graph.add({"driver": "raw", "node-name": "top", "file": options})
-            os.kill(pid, signal.SIGSTOP)
+            freeze(pid)
             closing = asyncio.ensure_future(graph.close())
             await asyncio.sleep(0)  # the flush has begun
             graph.cut_off_all()
