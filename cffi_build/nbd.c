@@ -271,6 +271,7 @@ static void *poller_main(void *arg)
     struct connection *connection = arg;
     struct nbd_handle *handle = connection->handle;
 
+    thread_take_process_priority();
     while (!atomic_load(&connection->stop) && connection_alive(connection)) {
         unsigned direction = nbd_aio_get_direction(handle);
         struct pollfd fds[2] = {

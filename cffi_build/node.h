@@ -84,6 +84,9 @@ bool export_guests_active(uint64_t *seen);
 /* Post an event to the loop; never blocks, never drops (aborts without memory).  Any thread. (ring.c) */
 void ring_post(uint32_t kind, int error, uint64_t token, uint64_t a, uint64_t b, uint64_t c);
 
+/* Give the calling thread, made by the loop's, which may have a better one, the niceness of the process. (pool.c) */
+void thread_take_process_priority(void);
+
 /* Run fn(arg) on a pool thread, started on first use. background: at a priority that any other work preempts.
  * -ENOMEM or -EAGAIN when no thread can be had.  Any thread. (pool.c) */
 int pool_submit(void (*fn)(void *arg), void *arg, bool background);

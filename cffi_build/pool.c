@@ -21,7 +21,9 @@
 #include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
+#include <sys/resource.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "node.h"
 
@@ -73,9 +75,15 @@ static struct task *next_task_locked(struct queue *queue)
     return task;
 }
 
+void thread_take_process_priority(void)
+{
+    setpriority(PRIO_PROCESS, 0, getpriority(PRIO_PROCESS, (id_t)getpid()));      /* 0: this thread */
+}
+
 static void *run_tasks(void *arg)
 {
     struct queue *queue = arg;
+    thread_take_process_priority();
     if (queue->background)
         sched_setscheduler(0, SCHED_IDLE, &(struct sched_param) { 0 });      /* refused: it runs at normal priority */
     pthread_setname_np(pthread_self(), queue->background ? "nb-copy" : "nb-work");
