@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 MIN_CLUSTER = 64 << 10
 MAX_CLUSTER = 64 << 20
 DEFAULT_MEMORY = 128 << 20
-LOCAL_WORKERS = 2
+LOCAL_WORKERS = 1
 REMOTE_WORKERS = 8
 MAX_WORKERS = 64
 DEFAULT_CHUNK = 1 << 20
@@ -71,7 +71,7 @@ OptionsType = type[msgspec.Struct]  # named here because the attribute `type` be
 class BackupTuning(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
     """x-perf: how hard the background copy works. Sizes in bytes; ``max-chunk`` 0 is no limit.
 
-    ``max-workers`` is by default 2 for a local target and 8 for one at another server.
+    ``max-workers`` is by default 1 for a local target and 8 for one at another server.
     """
 
     use_copy_range: bool = False
@@ -408,7 +408,7 @@ def _cluster_size(options: BackupOptions, target: BlockNode) -> int:
 
 
 def _workers(tuning: BackupTuning, target: BlockNode) -> int:
-    """Copies in flight: two keep a local file busy, more disturb each other; a server far away needs more."""
+    """Copies in flight: more than one disturb each other on a local disk; a server far away needs more."""
     if not isinstance(tuning.max_workers, msgspec.UnsetType):
         return tuning.max_workers
     node: BlockNode | None = target
