@@ -755,6 +755,7 @@ int nb_copier_new(struct node *source, struct node *target, struct bitmap *todo,
     copier->options = *options;
     copier->options.chunk &= ~(uint32_t)(MIN_CHUNK - 1);
     copier->granule = nb_bitmap_granularity(todo);
+    export_guests_active(&copier->guest_activity);      /* what guests did before this copy began does not count */
     atomic_init(&copier->refs, 1);
     atomic_init(&copier->stop, false);
     pthread_mutex_init(&copier->lock, NULL);
