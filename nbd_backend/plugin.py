@@ -57,6 +57,7 @@ def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackT
     return [str(error)] if isinstance(error, Refused) else _format_exception(kind, error, trace)
 
 
+# The real one has more ways to be called; nbdkit uses this one.
 traceback.format_exception = _one_line  # type: ignore[assignment]
 
 

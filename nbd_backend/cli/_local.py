@@ -21,6 +21,7 @@ T = TypeVar("T")
 
 def add_image(parser: argparse.ArgumentParser, **options: str) -> None:
     """Define the IMAGE argument and its --format."""
+    # What argparse takes by name is of many types; a dict of them has none.
     parser.add_argument("image", metavar="IMAGE", **options)  # type: ignore[arg-type]
     parser.add_argument(
         "--format", choices=["qcow2", "raw"], default="qcow2", help="of the image; default: %(default)s"

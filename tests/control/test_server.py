@@ -118,6 +118,7 @@ def test_a_client_that_never_reads_costs_bounded_memory_and_harms_nobody(
     async def scenario() -> None:
         async with serving(socket_path) as served:
             deaf = await RawClient.connect(socket_path)
+            # asyncio has no public way to stop reading from a stream.
             deaf.reader._transport.pause_reading()  # type: ignore[attr-defined]
             deaf.send(*[{"execute": "query-qmp-schema"}] * 2000)
             await until(lambda: not _sessions(served.server)[0]._writable)
@@ -139,6 +140,7 @@ def test_a_client_that_reads_no_events_is_cut_off(
     async def scenario() -> None:
         async with serving(socket_path) as served:
             deaf = await RawClient.connect(socket_path)
+            # asyncio has no public way to stop reading from a stream.
             deaf.reader._transport.pause_reading()  # type: ignore[attr-defined]
             event = {"id": "x" * 100_000}
             async with asyncio.timeout(20):
@@ -218,6 +220,7 @@ def test_closing_does_not_wait_for_a_client_that_does_not_read(
     async def scenario() -> None:
         async with serving(socket_path) as served:
             deaf = await RawClient.connect(socket_path)
+            # asyncio has no public way to stop reading from a stream.
             deaf.reader._transport.pause_reading()  # type: ignore[attr-defined]
             deaf.send(*[{"execute": "query-qmp-schema"}] * 200)
             await until(lambda: not _sessions(served.server)[0]._writable)
